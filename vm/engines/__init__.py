@@ -1,0 +1,45 @@
+"""The micro-VM engines by name, each behind the `Cpu` of `base`.
+
+`ENGINES[name](memory, bus, exits)` makes a vCPU or raises `HostLimit` (the host lacks
+something) or `EngineError`, with a text that says what to do.  An engine's libraries are
+imported only when it is asked for: a host without Unicorn still runs `kvm` guests.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from .base import Bus, Cpu, EngineError
+
+__all__ = ["ENGINES", "create"]
+
+
+def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview) -> Cpu:
+    from .kvm.engine import create
+    return create(memory, bus, exits)
+
+
+def _software(memory: mmap.mmap, bus: Bus, exits: memoryview) -> Cpu:
+    try:
+        from .software.engine import create
+    except ImportError as error:
+        raise EngineError(
+            f"the software engine needs the Python package unicorn ({error}): pip install"
+            " 'unicorn==2.1.4'"
+        ) from error
+    return create(memory, bus, exits)
+
+
+ENGINES: Final[Mapping[str, Callable[[mmap.mmap, Bus, memoryview], Cpu]]] = {
+    "kvm": _kvm,
+    "software": _software,
+}
+
+
+def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview) -> Cpu:
+    """A vCPU of the engine *name*. See `base.Cpu` for the arguments."""
+    if name not in ENGINES:
+        raise EngineError(f"no engine {name!r}: there are {', '.join(ENGINES)}")
+    return ENGINES[name](memory, bus, exits)

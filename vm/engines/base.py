@@ -1,0 +1,180 @@
+"""What an engine is: one vCPU over a piece of guest memory.
+
+Theory.  An engine executes guest instructions over memory that somebody else owns (one
+`mmap` of the VM's memfd) and turns everything that is not plain computation into calls of a
+`Bus` (port and memory-mapped I/O) or into an `Exit`.  It knows no device, no BIOS, no
+scheduler and no socket.  Two engines (`kvm`, `software`) and one fake implement `Cpu`; one
+contract suite (tests/vm/engines) runs over all of them, so that the machine model above
+cannot tell them apart.
+
+Invariants.
+- `run` returns only at an instruction boundary, with every register and memory effect of
+  the instructions before it done exactly once, and none of the ones after (issue: a progress
+  counter must never be counted twice).
+- A `Bus` call happens *during* an instruction; the registers seen inside it are those before
+  the instruction, except that the instruction pointer may or may not have advanced. A device
+  may change general registers (not RIP) inside `port_out`; the change survives.
+- Kicks are never lost: one that arrives before `run` makes the next `run` return `KICKED`.
+
+Addresses are guest-physical unless named linear. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+__all__ = [
+    "EXIT_KINDS", "GPR", "Bus", "Cpu", "CpuState", "DescriptorTable", "EngineError",
+    "Exit", "ExitKind", "ExitReason", "HostLimit", "Segment",
+]
+
+
+class EngineError(Exception):
+    """The engine cannot be had on this host, or cannot go on; the text says what to do."""
+
+
+class HostLimit(EngineError):
+    """The *host* cannot do it (no /dev/kvm, no permission, a limit of its KVM), not the guest."""
+
+
+class ExitKind(enum.IntEnum):
+    """Why guest context was left: the bounded label set of `mixvisor_vm_exits_total`.
+
+    The value is the index into the counters of the status page (vm/worker/status.py).
+    """
+
+    IO_IN = 0
+    IO_OUT = 1
+    MMIO_READ = 2
+    MMIO_WRITE = 3
+    HALT = 4
+    KICK = 5
+    INTERRUPT = 6        # an interrupt or exception delivered by the host (software engine)
+    SHUTDOWN = 7
+    OTHER = 8
+
+
+EXIT_KINDS: Final = tuple(kind.name.lower() for kind in ExitKind)
+
+
+class ExitReason(enum.Enum):
+    """Why `Cpu.run` returned."""
+
+    KICKED = "kicked"              # kick() or a signal; nothing else happened
+    HALTED = "halted"              # HLT; RIP is behind it. Exit.interrupts_on: whether IF is set
+    STOPPED = "stopped"            # the bus called Cpu.stop()
+    TRIPLE_FAULT = "triple-fault"  # the guest's own fault: a PC would reset
+    HOST_LIMIT = "host-limit"      # the host's KVM cannot run this (decoded instruction in detail)
+    GUEST_ERROR = "guest-error"    # e.g. execution outside memory, where a PC runs floating bus
+    UNSUPPORTED = "unsupported"    # an exit or state this engine does not handle; see detail
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    reason: ExitReason
+    detail: str = ""
+    interrupts_on: bool = False    # meaningful with HALTED
+
+
+# Order of the general registers in every list of registers: that of struct kvm_regs.
+GPR: Final = (
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
+)
+RAX, RBX, RCX, RDX, RSI, RDI, RSP, RBP = range(8)
+RIP, RFLAGS = 16, 17
+
+
+@dataclass(slots=True)
+class Segment:
+    """A segment register with its hidden part (struct kvm_segment's fields, unpacked)."""
+
+    selector: int = 0
+    base: int = 0
+    limit: int = 0xFFFF
+    type: int = 3          # 4-bit type: 11 code/read/accessed, 3 data/write/accessed
+    present: bool = True
+    dpl: int = 0
+    db: bool = False       # 32-bit
+    s: bool = True         # code or data (False: system)
+    l: bool = False        # 64-bit code  # noqa: E741 - the manual's name
+    g: bool = False        # limit in pages
+    avl: bool = False
+
+
+@dataclass(slots=True)
+class DescriptorTable:
+    base: int = 0
+    limit: int = 0xFFFF
+
+
+@dataclass(slots=True)
+class CpuState:
+    """All architectural state an engine starts from, and reports when a guest dies."""
+
+    gpr: list[int] = field(default_factory=lambda: [0] * 16 + [0, 2])
+    cs: Segment = field(default_factory=lambda: Segment(type=11))
+    ds: Segment = field(default_factory=Segment)
+    es: Segment = field(default_factory=Segment)
+    fs: Segment = field(default_factory=Segment)
+    gs: Segment = field(default_factory=Segment)
+    ss: Segment = field(default_factory=Segment)
+    tr: Segment = field(default_factory=lambda: Segment(type=11, s=False))
+    ldt: Segment = field(default_factory=lambda: Segment(type=2, s=False))
+    gdt: DescriptorTable = field(default_factory=DescriptorTable)
+    idt: DescriptorTable = field(default_factory=lambda: DescriptorTable(0, 0x3FF))
+    cr0: int = 0x10        # ET; PE off: real mode
+    cr2: int = 0
+    cr3: int = 0
+    cr4: int = 0
+    efer: int = 0
+
+
+class Bus(Protocol):
+    """The machine around a vCPU. Values are unsigned, `size` is 1, 2, 4 or 8."""
+
+    def port_in(self, port: int, size: int) -> int: ...
+    def port_out(self, port: int, size: int, value: int) -> None: ...
+    def mmio_read(self, address: int, size: int) -> int: ...
+    def mmio_write(self, address: int, size: int, value: int) -> None: ...
+
+
+class Cpu(Protocol):
+    """One vCPU. Made by an engine's `create(memory, bus, exits)`; not thread-safe.
+
+    `memory`: a writable shared mmap, guest-physical 0 upwards. `exits`: a memoryview of 'Q'
+    with len(ExitKind) counters, incremented by the engine at every exit.
+    """
+
+    def run(self) -> Exit:
+        """Execute until something ends it. Releases the GIL while the guest computes."""
+        ...
+
+    def stop(self) -> None:
+        """Called inside a Bus call: `run` returns STOPPED once the instruction is complete."""
+        ...
+
+    def kick(self) -> None:
+        """Make `run` return KICKED soon; from the same thread or a signal handler."""
+        ...
+
+    def get_gpr(self) -> list[int]:
+        """18 values in the order of `GPR`. Cheap: called in the BIOS path."""
+        ...
+
+    def set_gpr(self, values: list[int]) -> None: ...
+
+    def segment_base(self, name: str) -> int:
+        """Base of 'cs' 'ds' 'es' 'fs' 'gs' or 'ss': the cheap part of `get_state`."""
+        ...
+
+    def get_state(self) -> CpuState: ...
+    def set_state(self, state: CpuState) -> None: ...
+
+    def memory_changed(self, address: int, length: int) -> None:
+        """The host wrote guest memory (a disk load): forget translated code there."""
+        ...
+
+    def close(self) -> None: ...

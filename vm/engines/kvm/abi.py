@@ -1,0 +1,184 @@
+"""The kernel's KVM interface in numbers: ioctl numbers, exit reasons and struct layouts.
+
+Theory.  `/dev/kvm` is driven by ioctls on three kinds of descriptor (system, VM, vCPU) and by
+one page shared with the kernel (`struct kvm_run`).  Here are only the numbers; the calls are
+in `api.py`, the behaviour in `engine.py`.  Everything is little-endian x86-64.
+
+Source: <linux/kvm.h> of Linux 6.1 and <asm/kvm.h>.  tests/vm/engines/test_kvm_abi.py compiles
+a C program against the installed header and compares every number and offset written here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from typing import Final
+
+__all__ = [
+    "API_VERSION", "CPUID_ENTRIES_MAX", "IOCTLS", "RUN_OFFSETS", "CpuidEntry", "CpuidHeader",
+    "ExitCode", "InternalError", "IoDirection", "Registers", "SegmentAbi", "SpecialRegisters",
+    "TableAbi", "UserMemoryRegion",
+]
+
+API_VERSION: Final = 12
+
+# name in <linux/kvm.h> -> number
+IOCTLS: Final = {
+    "KVM_GET_API_VERSION": 0xAE00,
+    "KVM_CREATE_VM": 0xAE01,
+    "KVM_CHECK_EXTENSION": 0xAE03,
+    "KVM_GET_VCPU_MMAP_SIZE": 0xAE04,
+    "KVM_GET_SUPPORTED_CPUID": 0xC008AE05,
+    "KVM_CREATE_VCPU": 0xAE41,
+    "KVM_SET_USER_MEMORY_REGION": 0x4020AE46,
+    "KVM_SET_TSS_ADDR": 0xAE47,
+    "KVM_SET_IDENTITY_MAP_ADDR": 0x4008AE48,
+    "KVM_RUN": 0xAE80,
+    "KVM_GET_REGS": 0x8090AE81,
+    "KVM_SET_REGS": 0x4090AE82,
+    "KVM_GET_SREGS": 0x8138AE83,
+    "KVM_SET_SREGS": 0x4138AE84,
+    "KVM_SET_CPUID2": 0x4008AE90,
+}
+
+CAP_IMMEDIATE_EXIT: Final = 136
+
+
+class ExitCode(enum.IntEnum):
+    """`kvm_run.exit_reason`, the ones x86 can give. Others stay plain numbers."""
+
+    UNKNOWN = 0
+    EXCEPTION = 1
+    IO = 2
+    HYPERCALL = 3
+    DEBUG = 4
+    HLT = 5
+    MMIO = 6
+    IRQ_WINDOW_OPEN = 7
+    SHUTDOWN = 8
+    FAIL_ENTRY = 9
+    INTR = 10
+    SET_TPR = 11
+    TPR_ACCESS = 12
+    NMI = 16
+    INTERNAL_ERROR = 17
+    SYSTEM_EVENT = 24
+    IOAPIC_EOI = 26
+    X86_RDMSR = 29
+    X86_WRMSR = 30
+    X86_BUS_LOCK = 33
+    NOTIFY = 37
+
+
+class InternalError(enum.IntEnum):
+    """`kvm_run.internal.suberror`."""
+
+    EMULATION = 1
+    SIMUL_EX = 2
+    DELIVERY_EV = 3
+    UNEXPECTED_EXIT_REASON = 4
+
+
+class IoDirection(enum.IntEnum):
+    IN = 0
+    OUT = 1
+
+
+# Offsets inside struct kvm_run (bytes).
+RUN_OFFSETS: Final = {
+    "immediate_exit": 1,
+    "exit_reason": 8,
+    "hw.hardware_exit_reason": 32,
+    "fail_entry.hardware_entry_failure_reason": 32,
+    "io.direction": 32,
+    "io.size": 33,
+    "io.port": 34,
+    "io.count": 36,
+    "io.data_offset": 40,
+    "mmio.phys_addr": 32,
+    "mmio.data": 40,
+    "mmio.len": 48,
+    "mmio.is_write": 52,
+    "internal.suberror": 32,
+    "internal.ndata": 36,
+    "internal.data": 40,
+}
+
+
+class UserMemoryRegion(ctypes.Structure):
+    """struct kvm_userspace_memory_region."""
+
+    _fields_ = (
+        ("slot", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("guest_phys_addr", ctypes.c_uint64),
+        ("memory_size", ctypes.c_uint64),
+        ("userspace_addr", ctypes.c_uint64),
+    )
+
+
+class Registers(ctypes.Structure):
+    """struct kvm_regs: the order of `vm.engines.base.GPR`."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in (
+        "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+        "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
+    ))
+
+
+class SegmentAbi(ctypes.Structure):
+    """struct kvm_segment."""
+
+    _fields_ = (
+        ("base", ctypes.c_uint64),
+        ("limit", ctypes.c_uint32),
+        ("selector", ctypes.c_uint16),
+        *((name, ctypes.c_uint8) for name in (
+            "type", "present", "dpl", "db", "s", "l", "g", "avl", "unusable", "padding")),
+    )
+
+
+class TableAbi(ctypes.Structure):
+    """struct kvm_dtable."""
+
+    _fields_ = (
+        ("base", ctypes.c_uint64),
+        ("limit", ctypes.c_uint16),
+        ("padding", ctypes.c_uint16 * 3),
+    )
+
+
+class SpecialRegisters(ctypes.Structure):
+    """struct kvm_sregs."""
+
+    _fields_ = (
+        *((name, SegmentAbi) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        ("gdt", TableAbi),
+        ("idt", TableAbi),
+        *((name, ctypes.c_uint64) for name in (
+            "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
+        ("interrupt_bitmap", ctypes.c_uint64 * 4),
+    )
+
+
+class CpuidEntry(ctypes.Structure):
+    """struct kvm_cpuid_entry2."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in (
+            "function", "index", "flags", "eax", "ebx", "ecx", "edx")),
+        ("padding", ctypes.c_uint32 * 3),
+    )
+
+
+CPUID_ENTRIES_MAX: Final = 256      # KVM_MAX_CPUID_ENTRIES of the kernel
+
+
+class CpuidHeader(ctypes.Structure):
+    """struct kvm_cpuid2 with room for the most entries the kernel takes."""
+
+    _fields_ = (
+        ("nent", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
+        ("entries", CpuidEntry * CPUID_ENTRIES_MAX),
+    )

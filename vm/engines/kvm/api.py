@@ -1,0 +1,154 @@
+"""Thin wrappers of the KVM ioctls: one class per kind of descriptor, one method per call.
+
+Theory.  `Kvm` is /dev/kvm, `Vm` what KVM_CREATE_VM gives, `Vcpu` what KVM_CREATE_VCPU gives
+plus its shared `kvm_run` page.  No decision is taken here: every failure is an `OSError` with
+the name of the call, except opening the device, which is the host's matter (`HostLimit`).
+
+Invariant: no page of memory is owned here but `Vcpu.page`; descriptors are closed by `close`,
+vCPU first.  `Vcpu.run` is the only call that may last; it releases the GIL (ctypes.CDLL).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from typing import Final
+
+from ..base import HostLimit
+from . import abi
+
+__all__ = ["Kvm", "Vcpu", "Vm", "address_of"]
+
+DEVICE: Final = "/dev/kvm"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_ioctl = _libc.ioctl
+_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+_ioctl.restype = ctypes.c_int
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Where a writable mapping lies in this process. The mapping must outlive every use."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _call(fd: int, name: str, argument: int = 0) -> int:
+    while True:
+        result = _ioctl(fd, abi.IOCTLS[name], argument)
+        if result >= 0:
+            return result
+        number = ctypes.get_errno()
+        if number != errno.EINTR:      # a kick while KVM_CREATE_VM waits: tried again
+            raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+class Kvm:
+    """/dev/kvm. Raises `HostLimit` when it is missing, forbidden or of another version."""
+
+    def __init__(self, device: str = DEVICE) -> None:
+        try:
+            self.fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise HostLimit(
+                f"{device} does not exist: this host offers no hardware virtualization (no"
+                " VT-x/AMD-V, or its kvm module is not loaded); use engine = \"software\""
+            ) from error
+        except PermissionError as error:
+            raise HostLimit(
+                f"{device} may not be opened by uid {os.geteuid()}: add the user to the group that"
+                " owns it (often `kvm`), or use engine = \"software\""
+            ) from error
+        except OSError as error:
+            raise HostLimit(f"{device} cannot be opened: {error.strerror}") from error
+        try:
+            version = _call(self.fd, "KVM_GET_API_VERSION")
+        except OSError as error:
+            os.close(self.fd)
+            raise HostLimit(f"{device} is not a KVM device: {error.strerror}") from error
+        if version != abi.API_VERSION:
+            os.close(self.fd)
+            raise HostLimit(f"{device} speaks KVM API {version}; {abi.API_VERSION} is needed")
+
+    def has(self, capability: int) -> int:
+        return _call(self.fd, "KVM_CHECK_EXTENSION", capability)
+
+    def create_vm(self) -> Vm:
+        return Vm(_call(self.fd, "KVM_CREATE_VM"))
+
+    def run_size(self) -> int:
+        """Bytes of a vCPU's shared mapping."""
+        return _call(self.fd, "KVM_GET_VCPU_MMAP_SIZE")
+
+    def supported_cpuid(self) -> abi.CpuidHeader:
+        """Every CPUID leaf that this host's KVM can give a guest."""
+        table = abi.CpuidHeader(nent=abi.CPUID_ENTRIES_MAX)
+        _call(self.fd, "KVM_GET_SUPPORTED_CPUID", ctypes.addressof(table))
+        return table
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Vm:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def set_tss_address(self, address: int) -> None:
+        """Three guest-physical pages that VT-x without unrestricted guests needs for itself."""
+        _call(self.fd, "KVM_SET_TSS_ADDR", address)
+
+    def set_identity_map_address(self, address: int) -> None:
+        """One more such page."""
+        value = ctypes.c_uint64(address)
+        _call(self.fd, "KVM_SET_IDENTITY_MAP_ADDR", ctypes.addressof(value))
+
+    def set_memory(self, slot: int, guest_physical: int, memory: mmap.mmap) -> None:
+        region = abi.UserMemoryRegion(slot, 0, guest_physical, len(memory), address_of(memory))
+        _call(self.fd, "KVM_SET_USER_MEMORY_REGION", ctypes.addressof(region))
+
+    def create_vcpu(self, number: int, run_size: int) -> Vcpu:
+        return Vcpu(_call(self.fd, "KVM_CREATE_VCPU", number), run_size)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Vcpu:
+    def __init__(self, fd: int, run_size: int) -> None:
+        self.fd = fd
+        self.page = mmap.mmap(fd, run_size)
+
+    def set_cpuid(self, table: abi.CpuidHeader) -> None:
+        _call(self.fd, "KVM_SET_CPUID2", ctypes.addressof(table))
+
+    def run(self) -> bool:
+        """KVM_RUN. True: an exit is in `page`; False: interrupted (EINTR) or to be tried again.
+
+        Raises OSError for anything else.
+        """
+        if _ioctl(self.fd, 0xAE80, None) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in (errno.EINTR, errno.EAGAIN):
+            return False
+        raise OSError(number, f"KVM_RUN: {os.strerror(number)}")
+
+    def get_registers(self, into: abi.Registers) -> None:
+        _call(self.fd, "KVM_GET_REGS", ctypes.addressof(into))
+
+    def set_registers(self, values: abi.Registers) -> None:
+        _call(self.fd, "KVM_SET_REGS", ctypes.addressof(values))
+
+    def get_special(self) -> abi.SpecialRegisters:
+        values = abi.SpecialRegisters()
+        _call(self.fd, "KVM_GET_SREGS", ctypes.addressof(values))
+        return values
+
+    def set_special(self, values: abi.SpecialRegisters) -> None:
+        _call(self.fd, "KVM_SET_SREGS", ctypes.addressof(values))
+
+    def close(self) -> None:
+        self.page.close()
+        os.close(self.fd)

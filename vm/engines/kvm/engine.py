@@ -1,0 +1,275 @@
+"""The `kvm` engine: one vCPU on raw /dev/kvm.
+
+Theory.  KVM_RUN executes guest code until something needs us, and leaves the reason in the
+shared `kvm_run` page.  Port and memory-mapped I/O are handed to the bus and the guest goes
+on; the *next* KVM_RUN completes the instruction that did the I/O.  There is no in-kernel
+interrupt controller: HLT comes back to us.
+
+Leaving.  Everything that wants `run` to return stores 1 into `kvm_run.immediate_exit` (see
+`kick.py`): KVM_RUN then first completes a pending I/O instruction, so that the vCPU stands at an
+instruction boundary, and returns EINTR without entering the guest.  A byte of our own beside
+it tells a kick from a `stop()`, since both may be wanted at once and neither may be lost.
+
+Invariants.  The order "clear immediate_exit, then look at the kick byte" in `_left` makes a
+kick at any point either part of this KICKED or the reason of the next one.  A string
+instruction (rep outs) counts as one exit a transfer of KVM's, and calls the bus once an element.
+
+Poor: one vCPU; memory ends below 0xFEE00000 (no hole is made for it); no interrupts are injected.
+Limits of the host are reported as such: KVM that cannot run an instruction (PVM cannot run
+POPCNT in ring 0, for instance) ends in HOST_LIMIT with the instruction's text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from typing import Final
+
+from ...code import decode
+from .. import kick
+from ..base import (
+    Bus,
+    CpuState,
+    DescriptorTable,
+    EngineError,
+    Exit,
+    ExitKind,
+    ExitReason,
+    HostLimit,
+    Segment,
+)
+from . import abi
+from .api import Kvm, Vcpu, Vm, address_of
+
+__all__ = ["KvmCpu", "create"]
+
+# Three pages and one page that VT-x hosts without unrestricted guest need: below the BIOS area.
+TSS_ADDRESS: Final = 0xFFFB_D000
+IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
+MEMORY_MAX: Final = 0xFEE0_0000          # the local APIC's page: nothing of ours goes beyond
+
+_IMMEDIATE_EXIT: Final = abi.RUN_OFFSETS["immediate_exit"]
+_EXIT_REASON: Final = abi.RUN_OFFSETS["exit_reason"]
+_UNION: Final = 32                       # the union of exit details in kvm_run
+_FORMATS: Final = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
+_SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+_INTERRUPT_FLAG: Final = 0x200
+
+
+def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> KvmCpu:
+    """A vCPU over *memory*. Raises HostLimit where /dev/kvm cannot be used."""
+    return KvmCpu(memory, bus, exits)
+
+
+class KvmCpu:
+    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
+        if len(memory) > MEMORY_MAX or len(memory) % mmap.PAGESIZE:
+            raise EngineError(
+                f"memory of {len(memory)} bytes: the kvm engine takes whole pages up to"
+                f" {MEMORY_MAX} bytes")
+        self._memory = memory
+        self._bus = bus
+        self._exits = exits
+        self._closed = False
+        self._kvm = Kvm()
+        try:
+            if not self._kvm.has(abi.CAP_IMMEDIATE_EXIT):
+                raise HostLimit("this host's KVM has no KVM_CAP_IMMEDIATE_EXIT (Linux 4.11 has it)")
+            self._vm: Vm = self._kvm.create_vm()
+            self._vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            self._vm.set_tss_address(TSS_ADDRESS)
+            self._vm.set_memory(0, 0, memory)
+            self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
+            self._vcpu.set_cpuid(self._kvm.supported_cpuid())
+        except OSError as error:
+            raise HostLimit(f"this host's KVM refused to make a VM: {error}") from error
+        self._page = self._vcpu.page
+        self._registers = abi.Registers()
+        self._register_words = (ctypes.c_uint64 * 18).from_buffer(self._registers)
+        self._stopping = False
+        self._kicked = mmap.mmap(-1, mmap.PAGESIZE)
+        self._kick_addresses = (
+            address_of(self._kicked), address_of(self._page) + _IMMEDIATE_EXIT)
+        for address in self._kick_addresses:
+            kick.register(address)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def run(self) -> Exit:
+        page, vcpu, exits = self._page, self._vcpu, self._exits
+        while True:
+            try:
+                entered = vcpu.run()
+            except OSError as error:
+                raise EngineError(f"the vCPU cannot go on: {error}") from error
+            if not entered:
+                return self._left()
+            reason = page[_EXIT_REASON]
+            if reason == abi.ExitCode.IO:
+                self._port_io()
+            elif reason == abi.ExitCode.MMIO:
+                self._mmio()
+            elif reason == abi.ExitCode.HLT:
+                exits[ExitKind.HALT] += 1
+                return Exit(ExitReason.HALTED,
+                            interrupts_on=bool(self.get_gpr()[17] & _INTERRUPT_FLAG))
+            else:
+                return self._end(struct.unpack_from("<I", page, _EXIT_REASON)[0])
+
+    def _left(self) -> Exit:
+        page = self._page
+        page[_IMMEDIATE_EXIT] = 0
+        if self._stopping:
+            self._stopping = False
+            if self._kicked[0]:
+                page[_IMMEDIATE_EXIT] = 1
+            return Exit(ExitReason.STOPPED)
+        self._kicked[0] = 0
+        self._exits[ExitKind.KICK] += 1
+        return Exit(ExitReason.KICKED)
+
+    def _port_io(self) -> None:
+        page = self._page
+        direction, size, port, count, offset = struct.unpack_from("<BBHIQ", page, _UNION)
+        form = _FORMATS[size]
+        if direction == abi.IoDirection.OUT:
+            self._exits[ExitKind.IO_OUT] += 1
+            out = self._bus.port_out
+            for index in range(count):
+                out(port, size, struct.unpack_from(form, page, offset + index * size)[0])
+        else:
+            self._exits[ExitKind.IO_IN] += 1
+            mask = (1 << size * 8) - 1
+            read = self._bus.port_in
+            for index in range(count):
+                struct.pack_into(form, page, offset + index * size, read(port, size) & mask)
+
+    def _mmio(self) -> None:
+        page = self._page
+        address, data, length, is_write = struct.unpack_from("<Q8sIB", page, _UNION)
+        # KVM hands over odd lengths where an access crosses a page: cut them into bus sizes.
+        done = 0
+        self._exits[ExitKind.MMIO_WRITE if is_write else ExitKind.MMIO_READ] += 1
+        while done < length:
+            size = next(size for size in (8, 4, 2, 1) if size <= length - done)
+            if is_write:
+                value = struct.unpack_from(_FORMATS[size], data, done)[0]
+                self._bus.mmio_write(address + done, size, value)
+            else:
+                value = self._bus.mmio_read(address + done, size) & ((1 << size * 8) - 1)
+                struct.pack_into(_FORMATS[size], page, 40 + done, value)
+            done += size
+
+    def _end(self, code: int) -> Exit:
+        """The exits after which this guest cannot go on."""
+        union = struct.unpack_from("<II3Q", self._page, _UNION)
+        if code == abi.ExitCode.SHUTDOWN:
+            self._exits[ExitKind.SHUTDOWN] += 1
+            return Exit(ExitReason.TRIPLE_FAULT,
+                        "the guest faulted while its fault handlers failed")
+        self._exits[ExitKind.OTHER] += 1
+        if code == abi.ExitCode.INTERNAL_ERROR:
+            return self._internal_error(union[0])
+        if code == abi.ExitCode.FAIL_ENTRY:
+            reason = struct.unpack_from("<Q", self._page, _UNION)[0]
+            return Exit(ExitReason.UNSUPPORTED,
+                        f"the processor refused to enter the guest (hardware reason {reason:#x}):"
+                        " its state is not one that VT-x or AMD-V can run")
+        try:
+            name = abi.ExitCode(code).name
+        except ValueError:
+            name = "unknown"
+        return Exit(ExitReason.UNSUPPORTED, f"KVM exit {code} ({name}) is not handled")
+
+    def _internal_error(self, suberror: int) -> Exit:
+        try:
+            name = abi.InternalError(suberror).name.lower().replace("_", " ")
+        except ValueError:
+            name = "unknown"
+        state = self.get_state()
+        where = decode.describe(self._memory, state)
+        if suberror == abi.InternalError.EMULATION:
+            if where.startswith("outside memory"):
+                return Exit(ExitReason.GUEST_ERROR,
+                            f"the guest left its memory at {decode.place(state)}: no code is there")
+            return Exit(ExitReason.HOST_LIMIT,
+                        f"this host's KVM cannot run `{where}` in {decode.mode_name(state)}")
+        return Exit(ExitReason.HOST_LIMIT,
+                    f"this host's KVM failed (internal error {suberror}, {name}) at `{where}` in"
+                    f" {decode.mode_name(state)}")
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._page[_IMMEDIATE_EXIT] = 1
+
+    def kick(self) -> None:
+        self._kicked[0] = 1
+        self._page[_IMMEDIATE_EXIT] = 1
+
+    # -- state -------------------------------------------------------------------------------
+
+    def get_gpr(self) -> list[int]:
+        self._vcpu.get_registers(self._registers)
+        return list(self._register_words)
+
+    def set_gpr(self, values: list[int]) -> None:
+        self._register_words[:] = values
+        self._registers.rflags |= 2
+        self._vcpu.set_registers(self._registers)
+
+    def segment_base(self, name: str) -> int:
+        return getattr(self._vcpu.get_special(), name).base
+
+    def get_state(self) -> CpuState:
+        special = self._vcpu.get_special()
+        return CpuState(
+            gpr=self.get_gpr(),
+            gdt=DescriptorTable(special.gdt.base, special.gdt.limit),
+            idt=DescriptorTable(special.idt.base, special.idt.limit),
+            cr0=special.cr0, cr2=special.cr2, cr3=special.cr3, cr4=special.cr4,
+            efer=special.efer,
+            **{name: _segment(getattr(special, name)) for name in _SEGMENTS},
+        )
+
+    def set_state(self, state: CpuState) -> None:
+        special = self._vcpu.get_special()       # keeps the APIC base
+        for name in _SEGMENTS:
+            _set_segment(getattr(special, name), getattr(state, name))
+        for name in ("gdt", "idt"):
+            table, given = getattr(special, name), getattr(state, name)
+            table.base, table.limit = given.base, given.limit
+        for name in ("cr0", "cr2", "cr3", "cr4", "efer"):
+            setattr(special, name, getattr(state, name))
+        try:
+            self._vcpu.set_special(special)
+            self.set_gpr(state.gpr)
+        except OSError as error:
+            raise EngineError(f"KVM refused the CPU state: {error}") from error
+
+    def memory_changed(self, address: int, length: int) -> None:
+        """Nothing to do: the hardware (or PVM's emulator) reads memory afresh."""
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for address in self._kick_addresses:
+            kick.unregister(address)
+        self._vcpu.close()
+        self._vm.close()
+        self._kvm.close()
+
+
+def _segment(given: abi.SegmentAbi) -> Segment:
+    return Segment(
+        selector=given.selector, base=given.base, limit=given.limit, type=given.type,
+        present=bool(given.present) and not given.unusable, dpl=given.dpl, db=bool(given.db),
+        s=bool(given.s), l=bool(given.l), g=bool(given.g), avl=bool(given.avl))
+
+
+def _set_segment(into: abi.SegmentAbi, given: Segment) -> None:
+    into.base, into.limit, into.selector = given.base, given.limit, given.selector
+    into.type, into.dpl = given.type, given.dpl
+    into.present, into.unusable = given.present, not given.present
+    into.db, into.s, into.l, into.g, into.avl = given.db, given.s, given.l, given.g, given.avl

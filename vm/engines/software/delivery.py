@@ -1,0 +1,378 @@
+"""Interrupts and exceptions, delivered by the host as a processor would.
+
+Theory.  Unicorn stops at an interrupt and says its vector; from there on the manual's algorithm
+(Intel SDM volume 3, 6.12 and 6.14; AMD64 volume 2, 8.7 and 8.9) is followed: find the gate
+in the guest's table, check it, find the new stack (the TSS when the ring changes), write the
+frame, load CS, SS and the instruction pointer.  Real mode, 16 and 32-bit gates with the change from
+virtual-8086 mode, and 64-bit gates with interrupt stacks.
+
+A fault on the way is itself delivered: two contributory ones, or anything after a page fault,
+become a double fault, and a fault in that a triple fault (SDM volume 3, table 6-5).
+
+Invariants.  Nothing is changed before every check and every address translation has succeeded, so
+a fault on the way leaves the state of the interrupted instruction.  All of guest memory is
+hostile: every read and write is bounded.
+
+Poor: task gates end the guest as unsupported; frames written over code that was translated
+before do not refresh it; segment limits are checked for tables, not for stacks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from ..paging import PageFault, PagingMode, translate
+from .quirks import Native
+from .state import LMA, PAGING, PROTECTED, SEGMENTS, VM86, Registers
+
+__all__ = ["Delivery", "TripleFault", "Unsupported"]
+
+_DOUBLE_FAULT, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION, _PAGE = 8, 10, 11, 12, 13, 14
+_CONTRIBUTORY: Final = frozenset((0, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION))
+_IF, _TF, _NT, _RF, _AC = 1 << 9, 1 << 8, 1 << 14, 1 << 16, 1 << 18
+_CS, _SS, _DS, _ES, _FS, _GS = (SEGMENTS[name] for name in ("cs", "ss", "ds", "es", "fs", "gs"))
+_DATA_SELECTORS: Final = (_GS, _FS, _DS, _ES)
+_CR2: Final = 2
+_WIDTH_FORMATS: Final = {2: "<H", 4: "<I", 8: "<Q"}
+
+
+class TripleFault(Exception):
+    """A fault while the double fault was delivered: a PC resets."""
+
+
+class Unsupported(Exception):
+    """Architecture that this engine leaves out, named."""
+
+
+class _Fault(Exception):
+    def __init__(self, vector: int, error: int = 0, *, linear: int | None = None) -> None:
+        super().__init__(f"fault {vector} error {error:#x}")
+        self.vector = vector
+        self.error = error
+        self.linear = linear
+
+
+class Delivery:
+    """Delivers into one vCPU. `changed` is told of host writes over guest memory."""
+
+    def __init__(self, memory: mmap.mmap, registers: Registers,
+                 flags: Callable[[], int], set_flags: Callable[[int], None],
+                 words: ctypes.Array[ctypes.c_uint64]) -> None:
+        self._memory = memory
+        self._registers = registers
+        self._flags = flags
+        self._set_flags = set_flags
+        self._words = words
+        self._mode = self._paging()
+        self._walked: dict[tuple[int, bool, bool], int] = {}       # page walks of this delivery
+
+    # -- entry -------------------------------------------------------------------------------
+
+    def deliver(self, vector: int, *, error: int | None, instruction: bool) -> None:
+        """Deliver *vector*; `instruction`: it came from INT n, whose gate is checked for DPL.
+
+        Raises TripleFault or Unsupported.
+        """
+        if vector >= Native.SYSCALL:
+            self._system_call(vector)
+            return
+        first: int | None = None if instruction else vector
+        while True:
+            try:
+                self._through_gate(vector, error, instruction)
+                return
+            except _Fault as fault:
+                if fault.linear is not None:
+                    self._registers.set_control(_CR2, fault.linear)
+                if first == _DOUBLE_FAULT:
+                    raise TripleFault from fault
+                instruction = False
+                second = fault.vector
+                if (first == _PAGE and (second == _PAGE or second in _CONTRIBUTORY)) or (
+                        first in _CONTRIBUTORY and second in _CONTRIBUTORY):
+                    first, vector, error = _DOUBLE_FAULT, _DOUBLE_FAULT, 0
+                else:
+                    first, vector, error = second, second, fault.error
+
+    # -- memory ------------------------------------------------------------------------------
+
+    def _paging(self) -> PagingMode:
+        registers = self._registers
+        cr0, cr4 = registers.control(0), registers.control(4)
+        return PagingMode(
+            paging=bool(cr0 & PAGING), pae=bool(cr4 & 1 << 5), long=bool(registers.efer() & LMA),
+            large=bool(cr4 & 1 << 4), protect=bool(cr0 & 1 << 16), root=registers.control(3))
+
+    def _pieces(self, linear: int, length: int, *, write: bool,
+                user: bool) -> list[tuple[int, int]]:
+        mode = self._mode
+        if not mode.long:
+            linear &= 0xFFFF_FFFF
+        pieces: list[tuple[int, int]] = []
+        done = 0
+        while done < length:
+            here = linear + done
+            offset = here & 4095
+            size = min(length - done, 4096 - offset)
+            key = (here - offset, write, user)
+            frame = self._walked.get(key)
+            if frame is None:
+                try:
+                    frame = translate(self._memory, mode, here, write=write, user=user) - offset
+                except PageFault as fault:
+                    raise _Fault(_PAGE, fault.error, linear=here) from fault
+                self._walked[key] = frame
+            pieces.append((frame + offset, size))
+            done += size
+        return pieces
+
+    def _read(self, linear: int, length: int) -> bytes:
+        out = bytearray()
+        for physical, size in self._pieces(linear, length, write=False, user=False):
+            piece = self._memory[physical:physical + size] if physical < len(self._memory) else b""
+            out += piece + b"\xFF" * (size - len(piece))         # no memory there: reads ones
+        return bytes(out)
+
+    def _write(self, pieces: list[tuple[int, int]], data: bytes) -> None:
+        done = 0
+        for physical, size in pieces:
+            end = min(physical + size, len(self._memory))
+            if physical < end:                                   # writes beyond memory are ignored
+                self._memory[physical:end] = data[done:done + end - physical]
+            done += size
+
+    # -- gates -------------------------------------------------------------------------------
+
+    def _through_gate(self, vector: int, error: int | None, instruction: bool) -> None:
+        registers = self._registers
+        if not registers.control(0) & PROTECTED:
+            self._real(vector)
+            return
+        self._mode = self._paging()
+        self._walked.clear()
+        if registers.efer() & LMA:
+            self._long(vector, error, instruction)
+        else:
+            self._protected(vector, error, instruction)
+
+    def _real(self, vector: int) -> None:
+        """Kept short: every BIOS call of a guest comes through here."""
+        registers, words, memory = self._registers, self._words, self._memory
+        _, table, limit, _ = registers.raw_segment(SEGMENTS["idt"])
+        if vector * 4 + 3 > limit:
+            raise _Fault(_PROTECTION)
+        at = table + vector * 4
+        target, selector = struct.unpack("<HH", memory[at:at + 4].ljust(4, b"\xFF"))
+        flags = self._flags()
+        cs = registers.raw_segment(_CS)
+        stack = registers.raw_segment(_SS)[1]
+        pointer = words[4]
+        low = pointer & 0xFFFF
+        for value in (flags, cs[0], words[16]):
+            low = (low - 2) & 0xFFFF
+            if stack + low + 2 <= len(memory):              # writes beyond memory are ignored
+                struct.pack_into("<H", memory, stack + low, value & 0xFFFF)
+        words[4] = (pointer & ~0xFFFF) | low
+        self._set_flags(flags & ~(_IF | _TF | _AC | _RF))
+        registers.set_raw_segment(_CS, selector, selector << 4, *cs[2:])
+        words[16] = target
+        if flags & _TF:
+            registers.sync()                                # the only hidden flag that changed
+
+    def _gate(self, vector: int, size: int, instruction: bool) -> tuple[bytes, int]:
+        external = 0 if instruction else 1
+        _, table, limit, _ = self._registers.raw_segment(SEGMENTS["idt"])
+        code = vector * 8 | 2 | external
+        if vector * size + size - 1 > limit:
+            raise _Fault(_PROTECTION, code)
+        return self._read(table + vector * size, size), code
+
+    def _code_descriptor(self, selector: int, external: int) -> tuple[int, int]:
+        """Both words of the code descriptor that a gate names, checked."""
+        if not selector & ~3:
+            raise _Fault(_PROTECTION, external)
+        low, high = self._descriptor(selector, _PROTECTION, external)
+        if not high & 1 << 12 or not high & 1 << 11 or (high >> 13 & 3) > self._registers.cpl():
+            raise _Fault(_PROTECTION, selector & ~3 | external)
+        if not high & 1 << 15:
+            raise _Fault(_NOT_PRESENT, selector & ~3 | external)
+        return low, high
+
+    def _descriptor(self, selector: int, fault: int, external: int) -> tuple[int, int]:
+        table = "ldt" if selector & 4 else "gdt"
+        _, base, limit, _ = self._registers.raw_segment(SEGMENTS[table])
+        if (selector & ~7) + 7 > limit:
+            raise _Fault(fault, selector & ~3 | external)
+        low, high = struct.unpack("<II", self._read(base + (selector & ~7), 8))
+        return low, high
+
+    def _protected(self, vector: int, error: int | None, instruction: bool) -> None:
+        registers, words = self._registers, self._words
+        external = 0 if instruction else 1
+        gate, code = self._gate(vector, 8, instruction)
+        low, selector, kind = struct.unpack_from("<HHxB", gate)
+        high, = struct.unpack_from("<H", gate, 6)
+        form = kind & 0x1F
+        if form == 5:
+            raise Unsupported("an interrupt through a task gate")
+        if form not in (6, 7, 14, 15):
+            raise _Fault(_PROTECTION, code)
+        if instruction and (kind >> 5 & 3) < registers.cpl():
+            raise _Fault(_PROTECTION, code)
+        if not kind & 0x80:
+            raise _Fault(_NOT_PRESENT, code)
+        width = 4 if form & 8 else 2
+        target = low | (high << 16 if width == 4 else 0)
+        cs_low, cs_high = self._code_descriptor(selector, external)
+        ring = registers.cpl() if cs_high & 1 << 10 else cs_high >> 13 & 3
+        flags, virtual = self._flags(), bool(self._flags() & VM86)
+        if virtual and ring != 0:
+            raise _Fault(_PROTECTION, selector & ~3 | external)
+        old_ss, old_cs = registers.raw_segment(_SS), registers.raw_segment(_CS)
+        frame: list[int] = []
+        if ring < registers.cpl():
+            pointer, ss_selector = self._ring_stack(ring)
+            ss = self._stack_segment(ss_selector, ring, external)
+            if virtual:
+                frame += [registers.raw_segment(index)[0] for index in _DATA_SELECTORS]
+            frame += [old_ss[0], words[4]]
+        else:
+            pointer, ss = words[4], old_ss
+        frame += [flags, old_cs[0], words[16]]
+        if error is not None:
+            frame.append(error)
+        mask = 0xFFFF_FFFF if ss[3] & 1 << 22 else 0xFFFF
+        mask_value = (1 << width * 8) - 1
+        data = b"".join(
+            struct.pack(_WIDTH_FORMATS[width], value & mask_value) for value in reversed(frame))
+        new = (pointer & ~mask & 0xFFFF_FFFF) | ((pointer - len(data)) & mask)
+        pieces = self._pieces(ss[1] + (new & mask), len(data), write=True, user=ring == 3)
+        self._write(pieces, data)
+        words[4] = new
+        if ring < registers.cpl():
+            registers.set_raw_segment(_SS, *ss)
+            if virtual:
+                for index in _DATA_SELECTORS:
+                    registers.set_raw_segment(index, 0, 0, 0, 0)
+        self._enter(selector & ~3 | ring, cs_low, cs_high, target,
+                    flags & ~(_TF | _NT | _RF | VM86 | (0 if form & 1 else _IF)))
+
+    def _ring_stack(self, ring: int) -> tuple[int, int]:
+        """(stack pointer, stack selector) for *ring* from the TSS, 16 or 32-bit."""
+        selector, base, limit, flags = self._registers.raw_segment(SEGMENTS["tr"])
+        wide = bool(flags >> 8 & 8)
+        at, size = (4 + ring * 8, 8) if wide else (2 + ring * 4, 4)
+        if not flags & 1 << 15 or at + size - 1 > limit:
+            raise _Fault(_BAD_TSS, selector & ~3)
+        pointer, stack = struct.unpack("<IH2x" if wide else "<HH", self._read(base + at, size))
+        return pointer, stack
+
+    def _stack_segment(self, selector: int, ring: int, external: int) -> tuple[int, int, int, int]:
+        if not selector & ~3 or selector & 3 != ring:
+            raise _Fault(_BAD_TSS, selector & ~3 | external)
+        low, high = self._descriptor(selector, _BAD_TSS, external)
+        writable = high & 1 << 12 and not high & 1 << 11 and high & 1 << 9
+        if (high >> 13 & 3) != ring or not writable:
+            raise _Fault(_BAD_TSS, selector & ~3 | external)
+        if not high & 1 << 15:
+            raise _Fault(_STACK, selector & ~3 | external)
+        return selector, *_base_limit(low, high), high
+
+    def _long(self, vector: int, error: int | None, instruction: bool) -> None:
+        registers, words = self._registers, self._words
+        external = 0 if instruction else 1
+        gate, code = self._gate(vector, 16, instruction)
+        low, selector, stack_table, kind, middle, high = struct.unpack_from("<HHBBHI", gate)
+        form = kind & 0x1F
+        if form not in (14, 15):
+            raise _Fault(_PROTECTION, code)
+        if instruction and (kind >> 5 & 3) < registers.cpl():
+            raise _Fault(_PROTECTION, code)
+        if not kind & 0x80:
+            raise _Fault(_NOT_PRESENT, code)
+        cs_low, cs_high = self._code_descriptor(selector, external)
+        if not cs_high & 1 << 21 or cs_high & 1 << 22:
+            raise _Fault(_PROTECTION, selector & ~3 | external)
+        ring = registers.cpl() if cs_high & 1 << 10 else cs_high >> 13 & 3
+        old_ss, old_cs = registers.raw_segment(_SS), registers.raw_segment(_CS)
+        if stack_table & 7:
+            pointer = self._tss64(0x24 + ((stack_table & 7) - 1) * 8)
+        elif ring < registers.cpl():
+            pointer = self._tss64(4 + ring * 8)
+        else:
+            pointer = words[4]
+        flags = self._flags()
+        frame = [old_ss[0], words[4], flags, old_cs[0], words[16]]
+        if error is not None:
+            frame.append(error)
+        data = struct.pack(f"<{len(frame)}Q", *reversed(frame))
+        new = ((pointer & ~15) - len(data)) & 0xFFFF_FFFF_FFFF_FFFF
+        if (new >> 47) not in (0, 0x1FFFF):
+            raise _Fault(_STACK, 0)
+        self._write(self._pieces(new, len(data), write=True, user=ring == 3), data)
+        words[4] = new
+        if ring < registers.cpl():
+            registers.set_raw_segment(_SS, ring, 0, 0, ring << 13)     # a null selector
+        self._enter(selector & ~3 | ring, cs_low, cs_high, low | middle << 16 | high << 32,
+                    flags & ~(_TF | _NT | _RF | (0 if form & 1 else _IF)))
+
+    def _tss64(self, offset: int) -> int:
+        selector, base, limit, flags = self._registers.raw_segment(SEGMENTS["tr"])
+        if not flags & 1 << 15 or offset + 7 > limit:
+            raise _Fault(_BAD_TSS, selector & ~3)
+        return struct.unpack("<Q", self._read(base + offset, 8))[0]
+
+    def _enter(self, selector: int, low: int, high: int, target: int, flags: int) -> None:
+        registers = self._registers
+        ring = selector & 3
+        cs_flags = (high | 1 << 8) & ~(3 << 13) | ring << 13
+        registers.set_raw_segment(_CS, selector, *_base_limit(low, high), cs_flags)
+        self._set_flags(flags)
+        self._words[16] = target
+        registers.sync()
+
+    # -- system calls ------------------------------------------------------------------------
+
+    def _system_call(self, vector: int) -> None:
+        """SYSCALL (AMD64 volume 3) and SYSENTER (SDM volume 2); RIP is behind the instruction."""
+        registers, words = self._registers, self._words
+        flags = self._flags()
+        if vector == Native.SYSCALL:
+            if not registers.efer() & 1:
+                words[16] -= 2
+                self.deliver(6, error=None, instruction=False)
+                return
+            star = registers.msr("star")
+            selector = star >> 32 & 0xFFFC
+            wide = bool(registers.efer() & LMA)
+            words[1] = words[16]                                       # rcx
+            if wide:
+                words[11] = flags & ~_RF
+                target, keep = registers.msr("lstar"), ~registers.msr("fmask")
+            else:
+                target, keep = star & 0xFFFF_FFFF, ~(VM86 | _IF | _RF)
+        else:
+            selector = registers.msr("sysenter_cs") & 0xFFFC
+            if not selector or not registers.control(0) & PROTECTED:
+                words[16] -= 2
+                self.deliver(_PROTECTION, error=0, instruction=False)
+                return
+            wide = bool(registers.efer() & LMA)
+            words[4] = registers.msr("sysenter_esp")
+            target, keep = registers.msr("sysenter_eip"), ~(VM86 | _IF | _RF)
+        code = 0x9B00 | 1 << 23 | (1 << 21 if wide else 1 << 22)
+        registers.set_raw_segment(_CS, selector, 0, 0xFFFF_FFFF, code)
+        registers.set_raw_segment(_SS, selector + 8, 0, 0xFFFF_FFFF, 0x9300 | 1 << 23 | 1 << 22)
+        self._set_flags(flags & keep & ~_RF)
+        words[16] = target
+        registers.sync()
+
+
+def _base_limit(low: int, high: int) -> tuple[int, int]:
+    base = low >> 16 | (high & 0xFF) << 16 | high & 0xFF00_0000
+    limit = low & 0xFFFF | high & 0x000F_0000
+    return base, limit << 12 | 0xFFF if high & 1 << 23 else limit

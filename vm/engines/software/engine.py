@@ -1,0 +1,312 @@
+"""The `software` engine: one vCPU translated by Unicorn.
+
+Theory.  `uc_emu_start` runs translated code until a native hook stops it: the block hook (a kick
+or a stop), the interrupt hooks (a vector to deliver, done in `delivery.py`), or the port hook
+when the bus asked to stop.  With none of these a normal return means HLT.  Everything
+physical beyond memory is one region whose reads and writes go to the bus, up to 2^52.
+
+Invariants.  A vector noted by a hook is delivered before anything else is looked at, so
+every return of `run` is at an instruction boundary.  A port instruction that is left early
+is completed here: for OUT the instruction pointer moves on, for IN also the value is stored.
+Every defect of Unicorn that shows is named in `quirks.py`.
+
+Poor: one vCPU, no injected interrupts; a stop asked for in a memory-mapped access or a string
+port instruction (INS, OUTS) comes at the end of the block, some instructions late, and the
+instruction pointer seen by the bus in a memory-mapped access may be that of the block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Final
+
+from unicorn import unicorn_const, x86_const
+
+from ...code import decode
+from .. import kick
+from ..base import Bus, CpuState, EngineError, Exit, ExitKind, ExitReason
+from ..paging import PagingMode, paging_mode, read_linear
+from .delivery import Delivery, TripleFault, Unsupported
+from .quirks import Native, Unicorn
+from .state import Registers
+
+__all__ = ["SoftwareCpu", "create"]
+
+PHYSICAL_END: Final = 1 << 52
+_WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17))
+_INVALID_OPCODE: Final = 6
+_INTERRUPT_FLAG: Final = 0x200
+_PREFIXES: Final = frozenset(
+    (0x66, 0x67, 0xF0, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65))
+_FETCH_ERRORS: Final = frozenset((
+    unicorn_const.UC_ERR_FETCH_UNMAPPED, unicorn_const.UC_ERR_FETCH_PROT))
+
+_OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32,
+                        ctypes.c_void_p)
+_IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int,
+                       ctypes.c_void_p)
+_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
+                         ctypes.c_void_p)
+_WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64,
+                          ctypes.c_void_p)
+
+
+def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> SoftwareCpu:
+    """A vCPU over *memory*. Raises EngineError when Unicorn is not the version it must be."""
+    return SoftwareCpu(memory, bus, exits)
+
+
+class SoftwareCpu:
+    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
+        if len(memory) % mmap.PAGESIZE:
+            raise EngineError(
+                f"memory of {len(memory)} bytes: the software engine takes whole pages")
+        self._memory = memory
+        self._bus = bus
+        self._exits = exits
+        self._closed = False
+        self._stopping = False
+        self._halted = False                   # HLT ran in the block in which a stop was asked for
+        self._inside = False                   # in a bus call: RIP is not ours to change
+        self._pending_in: tuple[int, int] | None = None     # (size, value) of an IN left early
+        self._error: BaseException | None = None             # raised by the bus, kept for `run`
+        self._native = native = Native()
+        self._unicorn = unicorn = Unicorn(memory)
+        self._registers = Registers(unicorn)
+        self._delivery = Delivery(
+            memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
+        out, read_in = _OUT(self._port_out), _IN(self._port_in)
+        for callback in (out, read_in):
+            unicorn.keep(callback)
+        unicorn.hook(unicorn_const.UC_HOOK_BLOCK, native.block())
+        unicorn.hook(unicorn_const.UC_HOOK_INTR, native.interrupt())
+        unicorn.hook(unicorn_const.UC_HOOK_INSN_INVALID, native.note(_INVALID_OPCODE))
+        for instruction, vector in ((x86_const.UC_X86_INS_SYSCALL, native.SYSCALL),
+                                    (x86_const.UC_X86_INS_SYSENTER, native.SYSENTER)):
+            unicorn.hook(unicorn_const.UC_HOOK_INSN, native.note(vector), instruction=instruction)
+        for instruction, callback in ((x86_const.UC_X86_INS_OUT, out),
+                                      (x86_const.UC_X86_INS_IN, read_in)):
+            python = ctypes.cast(callback, ctypes.c_void_p).value
+            assert python is not None
+            unicorn.hook(unicorn_const.UC_HOOK_INSN, native.port(python, unicorn.cpu),
+                         instruction=instruction)
+        unicorn.map_hole(len(memory), PHYSICAL_END, _READ(self._mmio_read),
+                         _WRITE(self._mmio_write))
+        self._kick_addresses = (native.address + native.STOP, native.address + native.KICKED)
+        for address in self._kick_addresses:
+            kick.register(address)
+        self.set_state(CpuState())
+
+    # -- running -----------------------------------------------------------------------------
+
+    def run(self) -> Exit:
+        native, page, unicorn = self._native, self._native.page, self._unicorn
+        if self._halted:
+            return self._halt()
+        while True:
+            status = unicorn.start()
+            stopped = page[native.STOPPED]
+            page[native.STOPPED] = 0
+            if self._error is not None:
+                error, self._error = self._error, None
+                page[native.LEAVE] = 0
+                native.vector.value = native.NONE
+                raise error
+            if page[native.LEAVE]:
+                page[native.LEAVE] = 0
+                self._complete_port_instruction()
+                return self._left()
+            vector = native.vector.value
+            if vector != native.NONE:
+                native.vector.value = native.NONE
+                ended = self._deliver(vector)
+                if ended is not None:
+                    return ended
+                if page[native.STOP]:
+                    # A handler that cannot be fetched faults again before any block starts.
+                    return self._left()
+            elif status != unicorn_const.UC_ERR_OK:
+                return self._failed(status)
+            elif stopped:
+                return self._left()
+            elif self._stopping:
+                self._halted = True
+                return self._left()
+            else:
+                return self._halt()
+
+    def _halt(self) -> Exit:
+        self._halted = False
+        self._exits[ExitKind.HALT] += 1
+        return Exit(ExitReason.HALTED,
+                    interrupts_on=bool(self._unicorn.flags() & _INTERRUPT_FLAG))
+
+    def _left(self) -> Exit:
+        """STOPPED or KICKED; the order of the stores makes no kick get lost (see kvm/engine.py)."""
+        native, page = self._native, self._native.page
+        page[native.STOP] = 0
+        if self._stopping:
+            self._stopping = False
+            if page[native.KICKED]:
+                page[native.STOP] = 1
+            return Exit(ExitReason.STOPPED)
+        page[native.KICKED] = 0
+        self._exits[ExitKind.KICK] += 1
+        return Exit(ExitReason.KICKED)
+
+    def _deliver(self, vector: int) -> Exit | None:
+        self._exits[ExitKind.INTERRUPT] += 1
+        instruction = vector != _INVALID_OPCODE and self._unicorn.was_instruction()
+        error = None
+        if vector in _WITH_ERROR_CODE and not instruction:
+            error = self._unicorn.error_code()
+        try:
+            self._delivery.deliver(vector, error=error, instruction=instruction)
+        except TripleFault:
+            self._exits[ExitKind.SHUTDOWN] += 1
+            return Exit(ExitReason.TRIPLE_FAULT,
+                        "the guest faulted while its fault handlers failed")
+        except Unsupported as what:
+            self._exits[ExitKind.OTHER] += 1
+            return Exit(ExitReason.UNSUPPORTED, f"{what} is not supported by the software engine")
+        return None
+
+    def _failed(self, status: int) -> Exit:
+        self._exits[ExitKind.OTHER] += 1
+        state = self.get_state()
+        where = decode.describe(self._memory, state)
+        if status in _FETCH_ERRORS:
+            return Exit(ExitReason.GUEST_ERROR,
+                        f"the guest left its memory at {decode.place(state)}: no code is there")
+        return Exit(ExitReason.GUEST_ERROR,
+                    f"the guest could not go on at `{where}` in {decode.mode_name(state)}:"
+                    f" {self._unicorn.error_text(status)}")
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._native.page[Native.STOP] = 1
+
+    def kick(self) -> None:
+        self._native.page[Native.KICKED] = 1
+        self._native.page[Native.STOP] = 1
+
+    # -- what the guest reaches out for --------------------------------------------------------
+
+    def _port_out(self, _uc: int, port: int, size: int, value: int, _user: int) -> None:
+        self._exits[ExitKind.IO_OUT] += 1
+        self._inside = True
+        try:
+            self._bus.port_out(port, size, value & ((1 << size * 8) - 1))
+        except BaseException as error:  # a callback from C must not raise: kept for run()
+            self._keep_error(error)
+        self._inside = False
+        if self._stopping:
+            self._leave_if_plain()
+
+    def _port_in(self, _uc: int, port: int, size: int, _user: int) -> int:
+        self._exits[ExitKind.IO_IN] += 1
+        self._inside = True
+        value = 0
+        try:
+            value = self._bus.port_in(port, size) & ((1 << size * 8) - 1)
+        except BaseException as error:  # as above
+            self._keep_error(error)
+        self._inside = False
+        if self._stopping and self._leave_if_plain():
+            self._pending_in = (size, value)
+        return value
+
+    def _mmio_read(self, _uc: int, offset: int, size: int, _user: int) -> int:
+        self._exits[ExitKind.MMIO_READ] += 1
+        try:
+            value = self._bus.mmio_read(len(self._memory) + offset, size)
+            return value & ((1 << size * 8) - 1)
+        except BaseException as error:  # as above
+            self._keep_error(error)
+            return 0
+
+    def _mmio_write(self, _uc: int, offset: int, size: int, value: int, _user: int) -> None:
+        self._exits[ExitKind.MMIO_WRITE] += 1
+        try:
+            self._bus.mmio_write(len(self._memory) + offset, size, value & ((1 << size * 8) - 1))
+        except BaseException as error:  # as above
+            self._keep_error(error)
+
+    def _keep_error(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self.stop()
+
+    def _code_here(self) -> bytes:
+        state = self._registers
+        base = 0 if self._is_64() else state.base("cs")
+        mode = paging_mode(state.get_state()) if state.control(0) >> 31 else PagingMode(
+            paging=False, pae=False, long=False, large=False, protect=False, root=0)
+        return read_linear(self._memory, mode, base + self._unicorn.words[16], 15)
+
+    def _is_64(self) -> bool:
+        state = self._registers
+        return bool(state.efer() & 1 << 10 and state.raw_segment(1)[3] & 1 << 21)
+
+    def _plain_length(self) -> int | None:
+        """Length of the IN or OUT at RIP, None when it is a string instruction."""
+        code = self._code_here()
+        at = 0
+        wide = self._is_64()
+        while at < len(code) and (code[at] in _PREFIXES or (wide and code[at] & 0xF0 == 0x40)):
+            at += 1
+        if at < len(code):
+            if code[at] in (0xE4, 0xE5, 0xE6, 0xE7):
+                return at + 2
+            if code[at] in (0xEC, 0xED, 0xEE, 0xEF):
+                return at + 1
+        return None
+
+    def _leave_if_plain(self) -> bool:
+        if self._plain_length() is None:
+            return False
+        self._native.page[Native.LEAVE] = 1
+        return True
+
+    def _complete_port_instruction(self) -> None:
+        words = self._unicorn.words
+        length = self._plain_length()
+        if length is None:
+            raise EngineError("the port instruction that was left is gone from guest memory")
+        words[16] += length
+        if self._pending_in is not None:
+            size, value = self._pending_in
+            self._pending_in = None
+            # As on a processor: a 32-bit result clears the upper half in 64-bit mode.
+            mask = 0xFFFF_FFFF_FFFF_FFFF if size == 4 else (1 << size * 8) - 1
+            words[0] = (words[0] & ~mask) | value
+
+    # -- state -------------------------------------------------------------------------------
+
+    def get_gpr(self) -> list[int]:
+        return self._registers.general()
+
+    def set_gpr(self, values: list[int]) -> None:
+        self._registers.set_general(values, with_ip=not self._inside)
+
+    def segment_base(self, name: str) -> int:
+        return self._registers.base(name)
+
+    def get_state(self) -> CpuState:
+        return self._registers.get_state()
+
+    def set_state(self, state: CpuState) -> None:
+        self._halted = False
+        self._registers.set_state(state)
+
+    def memory_changed(self, address: int, length: int) -> None:
+        if length > 0:
+            self._unicorn.forget(address, min(length, len(self._memory) - address))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for address in self._kick_addresses:
+            kick.unregister(address)
+        self._unicorn.close()

@@ -1,0 +1,404 @@
+"""Unicorn 2.1.4 made exact: the library, its defects, and the work-around of each.
+
+Theory.  Unicorn is QEMU's x86 translator as a library.  As a processor it has gaps, so this
+module reaches past its API in three ways, each checked at start on a scratch instance
+(`Unicorn.__init__` refuses with an `EngineError` when a check fails, so an
+unknown version stops here and not in a guest):
+
+1. `struct CPUX86State` is read and written in place.  Unicorn's handle holds a pointer to the
+   CPU; it is found by planting random general registers and looking for them (`_find_cpu`).
+   Offsets of segments, tables, control registers, EFER, MSRs and of the error code and the
+   exception in flight are found the same way: plant by the API, look where it went.
+2. Hooks are machine code, not Python: `uc_hook_add` takes a plain pointer.
+3. `cpu_loop_exit_x86_64`, exported by the library, leaves translated code from inside a hook.
+
+The defects, and what is done (the tests in tests/vm/engines/test_quirks.py show each):
+
+INEXACT_STOP   `uc_emu_stop` from outside leaves a stale RIP at a memory write that ends a block, so
+               that a resumed guest writes twice. A native hook stops at the starts of blocks.
+LOST_STOP      `uc_emu_stop` before `uc_emu_start` is forgotten. The hook tests a byte that stays.
+LATE_STOP      A stop asked for in a port hook comes at the end of the block. The port hook is
+               native, calls Python, and leaves by `cpu_loop_exit` when asked to; the engine
+               completes the instruction.
+NO_IDT         Unicorn never delivers an interrupt: a native hook notes the vector and stops;
+               `delivery.py` builds the frame.
+STICKY_FAULT   `old_exception` is never cleared, so that the second page fault becomes a double
+               fault and later faults come without a hook. It is set to -1 before every start.
+UNTIL_PROBE    The address `until` is translated by the guest's MMU and overwrites CR2. Exit
+               addresses are switched on with none given, so that nothing is probed.
+RING_LOCK      `uc_reg_write` cannot lower the CPL and may crash on SS with an unmapped GDT.
+               Segment caches and hidden flags are written in place.
+HALF_REGISTERS In 16 and 32-bit mode the upper halves of registers read 0. The instance is always
+               opened in 64-bit mode and put into real mode in place.
+STALE_CODE     Host writes over code that already ran are not seen: `forget`.
+NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
+
+Not repaired (the guest sees a difference from a PC): segment limits are not checked, IOPL is not
+checked on IN, the A20 line is always on, unknown MSRs read 0, CR0 takes paging without
+protection.
+
+Invariant: one instance belongs to one thread; a second thread on it aborts the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import mmap
+import os
+import random
+import struct
+from dataclasses import dataclass
+from typing import Any, Final
+
+from unicorn import unicorn_const, x86_const
+from unicorn.unicorn_py3 import unicorn as binding
+
+from .. import kick
+from ..base import EngineError
+
+__all__ = ["Layout", "Native", "Unicorn", "found_layout"]
+
+VERSION: Final = "2.1.4"
+_lib = binding.uclib
+
+# General registers in the order of struct CPUX86State.
+ENV_ORDER: Final = (
+    "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI",
+    "R8", "R9", "R10", "R11", "R12", "R13", "R14", "R15",
+)
+SEGMENT_SIZE: Final = 24        # struct SegmentCache: u32 selector, u64 base, u32 limit, u32 flags
+_MSRS: Final = {
+    "efer": 0xC000_0080, "star": 0xC000_0081, "lstar": 0xC000_0082, "fmask": 0xC000_0084,
+    "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176,
+}
+_ENV_SIZE: Final = 0x1600
+CPU_TO_ENV: Final = 35408              # in 2.1.4, for x86-64; checked on every instance
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets inside struct CPUX86State, in bytes, found at run time."""
+
+    eip: int
+    hflags: int
+    segments: int              # es cs ss ds fs gs ldt tr gdt idt
+    control: int               # cr0 .. cr4
+    error_code: int
+    exception_is_int: int
+    old_exception: int
+    msrs: dict[str, int]
+
+
+def _version() -> str:
+    return importlib.metadata.version("unicorn")
+
+
+def _refuse(what: str) -> EngineError:
+    return EngineError(
+        f"the installed Unicorn ({_version()}) cannot be used: {what}. The software engine"
+        f" is made for {VERSION}: pip install 'unicorn=={VERSION}'")
+
+
+def _symbol(name: str) -> int:
+    try:
+        address = ctypes.cast(getattr(_lib, name), ctypes.c_void_p).value
+    except AttributeError as error:
+        raise _refuse(f"its library has no {name}") from error
+    assert address is not None
+    return address
+
+
+def _check(status: int, what: str) -> None:
+    if status != unicorn_const.UC_ERR_OK:
+        text = _lib.uc_strerror(status).decode()
+        raise EngineError(f"Unicorn failed to {what}: {text}")
+
+
+class Native:
+    """Hooks in machine code and the page of bytes they share with the engine.
+
+    The page: byte 0 stop wanted (set by kicks), byte 1 a block hook has stopped, byte 2 leave at
+    this port access, byte 3 a kick; u32 at 4 the vector that was raised, or NONE.
+    """
+
+    NONE: Final = 0xFFFF_FFFF
+    STOP, STOPPED, LEAVE, KICKED, VECTOR = 0, 1, 2, 3, 4
+    SYSCALL, SYSENTER = 0x100, 0x101           # vectors that no processor has
+
+    def __init__(self) -> None:
+        self.page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.page))
+        self.vector = ctypes.c_uint32.from_address(self.address + self.VECTOR)
+        self.vector.value = self.NONE
+        self._pages: list[mmap.mmap] = []
+        self._stop = _symbol("uc_emu_stop")
+
+    def _make(self, code: bytes) -> int:
+        page, address = kick.executable(code)
+        self._pages.append(page)
+        return address
+
+    def _data(self) -> bytes:
+        return b"\x48\xB8" + struct.pack("<Q", self.address)          # mov rax, page
+
+    def block(self) -> int:
+        """void (uc, address, size, user): stop here when byte 0 is set."""
+        return self._make(
+            self._data()
+            + bytes.fromhex("803800"                                  # cmp byte [rax], 0
+                            "7410"                                    # je  out
+                            "C6400101")                               # mov byte [rax+1], 1
+            + b"\x48\xB8" + struct.pack("<Q", self._stop)             # mov rax, uc_emu_stop
+            + bytes.fromhex("FFE0"                                    # jmp rax
+                            "C3"))                                    # out: ret
+
+    def interrupt(self) -> int:
+        """void (uc, intno, user): note the vector and stop."""
+        return self._make(
+            self._data()
+            + bytes.fromhex("897004")                                 # mov [rax+4], esi
+            + b"\x48\xB8" + struct.pack("<Q", self._stop)
+            + bytes.fromhex("FFE0"))
+
+    def note(self, vector: int) -> int:
+        """bool (uc, user): note a fixed vector, stop, answer "handled"."""
+        return self._make(
+            self._data()
+            + bytes.fromhex("C74004") + struct.pack("<I", vector)     # mov dword [rax+4], vector
+            + bytes.fromhex("4883EC08")                               # sub rsp, 8
+            + b"\x48\xB8" + struct.pack("<Q", self._stop)
+            + bytes.fromhex("FFD0"                                    # call rax
+                            "B801000000"                              # mov eax, 1
+                            "4883C408"                                # add rsp, 8
+                            "C3"))                                    # ret
+
+    def port(self, python: int, cpu: int) -> int:
+        """A port hook: call *python*; when byte 2 is then set, leave the translated code.
+
+        `cpu_loop_exit` longjmps over the library's own frames only: Python has returned by then.
+        RIP is that of the port instruction, which has had no effect on the registers yet.
+        """
+        return self._make(
+            bytes.fromhex("4883EC08")                                 # sub rsp, 8
+            + b"\x48\xB8" + struct.pack("<Q", python)                 # mov rax, python
+            + bytes.fromhex("FFD0")                                   # call rax
+            + b"\x48\xB9" + struct.pack("<Q", self.address)           # mov rcx, page
+            + bytes.fromhex("80790200"                                # cmp byte [rcx+2], 0
+                            "7505"                                    # jne leave
+                            "4883C408"                                # add rsp, 8
+                            "C3")                                     # ret
+            + b"\x48\xBF" + struct.pack("<Q", cpu)                    # leave: mov rdi, cpu
+            + b"\x48\xB8" + struct.pack("<Q", _symbol("cpu_loop_exit_x86_64"))
+            + bytes.fromhex("FFD0"))                                  # call rax: does not return
+
+
+class Unicorn:
+    """One Unicorn instance over *memory*, with its CPU state open in place."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        found = _version()
+        if found != VERSION:
+            raise _refuse(f"its version is {found}")
+        self.uc = binding.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
+        self.handle: Any = self.uc._uch
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        _check(_lib.uc_mem_map_ptr(self.handle, 0, len(memory), unicorn_const.UC_PROT_ALL,
+                                   ctypes.c_void_p(base)), "map guest memory")
+        self.uc.ctl_exits_enabled(True)                               # UNTIL_PROBE
+        self.cpu, self.env = _find_cpu(self.uc)
+        self.words = (ctypes.c_uint64 * 18).from_address(self.env)
+        self.bytes = memoryview((ctypes.c_ubyte * _ENV_SIZE).from_address(self.env)).cast("B")
+        self.layout = found_layout()
+        self._keep: list[Any] = []
+        self._flags = ctypes.c_uint64()
+        self._flags_reference = ctypes.byref(self._flags)
+        self._old_exception = ctypes.c_int32.from_address(self.env + self.layout.old_exception)
+
+    def hook(self, kind: int, pointer: int, *, instruction: int | None = None) -> None:
+        handle = ctypes.c_size_t()
+        extra = () if instruction is None else (ctypes.c_int(instruction),)
+        status = _lib.uc_hook_add(
+            self.handle, ctypes.byref(handle), kind, ctypes.c_void_p(pointer), None,
+            ctypes.c_uint64(1), ctypes.c_uint64(0), *extra)
+        _check(status, "add a hook")
+
+    def map_hole(self, start: int, end: int, read: Any, write: Any) -> None:
+        """All that is not memory; *read* and *write* are given the offset from *start*."""
+        self._keep += [read, write]
+        _check(_lib.uc_mmio_map(self.handle, start, end - start, read, None, write, None),
+               "map the unmapped")
+
+    def keep(self, thing: Any) -> None:
+        """Callbacks live as long as the instance."""
+        self._keep.append(thing)
+
+    def start(self) -> int:
+        """Run from the current state; a UC_ERR_ number. 0 also for a stop and for HLT."""
+        self._old_exception.value = -1                                # STICKY_FAULT
+        return _lib.uc_emu_start(self.handle, self.words[16], 0, 0, 0)
+
+    def error_text(self, status: int) -> str:
+        return _lib.uc_strerror(status).decode()
+
+    def flags(self) -> int:
+        """RFLAGS, with the lazily computed arithmetic flags."""
+        _lib.uc_reg_read(self.handle, x86_const.UC_X86_REG_RFLAGS, self._flags_reference)
+        return self._flags.value | 2
+
+    def set_flags(self, value: int) -> None:
+        self._flags.value = value | 2
+        _lib.uc_reg_write(self.handle, x86_const.UC_X86_REG_RFLAGS, self._flags_reference)
+
+    def error_code(self) -> int:
+        return struct.unpack_from("<I", self.bytes, self.layout.error_code)[0]
+
+    def was_instruction(self) -> bool:
+        """Whether the vector just noted came from INT n, INT3 or INTO."""
+        return struct.unpack_from("<i", self.bytes, self.layout.exception_is_int)[0] != 0
+
+    def flush_translations(self) -> None:
+        """Forget cached linear-to-physical translations: paging has changed under the guest."""
+        self.uc.ctl(unicorn_const.UC_CTL_TLB_FLUSH, unicorn_const.UC_CTL_IO_WRITE)
+
+    def forget(self, address: int, length: int) -> None:
+        """STALE_CODE: drop translated code of these guest-physical bytes."""
+        self.uc.ctl_remove_cache(address, address + length)
+
+    def close(self) -> None:
+        self.bytes.release()
+        del self.uc                     # the binding closes the instance with its last reference
+
+
+def _read_self(fd: int, address: int, length: int) -> bytes:
+    """This process's memory, without the risk of a SIGSEGV: an unmapped address gives b""."""
+    try:
+        return os.pread(fd, length, address)
+    except OSError:
+        return b""                      # not mapped: simply not the place we look for
+
+
+def _find_cpu(uc: Any) -> tuple[int, int]:
+    """Addresses of the CPU object and of its CPUX86State.
+
+    The handle points to a struct that holds a pointer to the CPU; the CPU holds a pointer back
+    to the handle, a pointer to its state, and, at a distance fixed in this version, the state
+    itself, which starts with the registers.
+    """
+    seed = random.SystemRandom()
+    planted = [seed.getrandbits(64) for _ in ENV_ORDER]
+    for name, value in zip(ENV_ORDER, planted, strict=True):
+        uc.reg_write(getattr(x86_const, f"UC_X86_REG_{name}"), value)
+    pattern = struct.pack("<16Q", *planted)
+    handle = uc._uch.value
+    fd = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        for (cpu,) in struct.iter_unpack("<Q", _read_self(fd, handle, 4096)):
+            env = cpu + CPU_TO_ENV
+            if cpu < 4096 or env >> 47 or cpu & 7 or _read_self(fd, env, 128) != pattern:
+                continue
+            body = _read_self(fd, cpu, CPU_TO_ENV)
+            words = struct.unpack(f"<{len(body) // 8}Q", body)
+            if handle in words and env in words:
+                break
+        else:
+            raise _refuse("the CPU state was not found behind its handle")
+    finally:
+        os.close(fd)
+    for name in ENV_ORDER:
+        uc.reg_write(getattr(x86_const, f"UC_X86_REG_{name}"), 0)
+    return cpu, env
+
+
+_found_layout: Layout | None = None
+
+
+def found_layout() -> Layout:
+    """The layout, found once a process on a scratch instance."""
+    global _found_layout
+    if _found_layout is None:
+        _found_layout = _find_layout()
+    return _found_layout
+
+
+def _find_layout() -> Layout:
+    uc: Any = binding.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
+    uc.mem_map(0, 0x10000)
+    _, env = _find_cpu(uc)
+
+    def snapshot() -> bytes:
+        return ctypes.string_at(env, _ENV_SIZE)
+
+    def plant(what: str, width: str, value: int, write: Any) -> int:
+        before = snapshot()
+        write()
+        after = snapshot()
+        size = struct.calcsize(width)
+        places = [
+            at for at in range(0, _ENV_SIZE - size, 4)
+            if after[at:at + size] == struct.pack(width, value)
+            and before[at:at + size] != after[at:at + size]]
+        if len(places) != 1:
+            raise _refuse(f"{what} was found at {len(places)} places in the CPU state")
+        return places[0]
+
+    reg = x86_const
+    mark = 0x5A5A_1234_5000
+    eip = plant("RIP", "<Q", mark, lambda: uc.reg_write(reg.UC_X86_REG_RIP, mark))
+    fs = plant("FS", "<Q", mark + 1, lambda: uc.reg_write(reg.UC_X86_REG_FS_BASE, mark + 1))
+    gs = plant("GS", "<Q", mark + 2, lambda: uc.reg_write(reg.UC_X86_REG_GS_BASE, mark + 2))
+    tables = [
+        plant(name, "<Q", mark + 3 + n,
+              lambda n=n, number=number: uc.reg_write(number, (0, mark + 3 + n, 0x7F, 0)))
+        for n, (name, number) in enumerate((
+            ("LDTR", reg.UC_X86_REG_LDTR), ("TR", reg.UC_X86_REG_TR),
+            ("GDTR", reg.UC_X86_REG_GDTR), ("IDTR", reg.UC_X86_REG_IDTR)))]
+    segments = fs - 4 * SEGMENT_SIZE - 8
+    expected = [segments + 8 + SEGMENT_SIZE * n for n in range(4, 10)]
+    if [fs, gs, *tables] != expected:
+        raise _refuse("its segment registers lie elsewhere")
+    cr2 = plant("CR2", "<Q", mark + 9, lambda: uc.reg_write(reg.UC_X86_REG_CR2, mark + 9))
+    control = cr2 - 16
+    cr0, = struct.unpack_from("<Q", snapshot(), control)
+    if cr0 != uc.reg_read(reg.UC_X86_REG_CR0) or not cr0 & 1:
+        raise _refuse("CR0 lies elsewhere")
+    hflags = segments - 8
+    if struct.unpack_from("<I", snapshot(), hflags)[0] & 0x80B0 != 0x80B0:
+        raise _refuse("the hidden flags lie elsewhere")       # PE, CS32, SS32, CS64 of 64-bit mode
+    msrs = {
+        name: plant(name, "<Q", value,
+                    lambda number=number, value=value: uc.msr_write(number, value))
+        for name, number, value in (
+            ("efer", _MSRS["efer"], 0xD01), ("star", _MSRS["star"], mark + 20),
+            ("lstar", _MSRS["lstar"], mark + 21), ("fmask", _MSRS["fmask"], 0x47700),
+            ("sysenter_esp", _MSRS["sysenter_esp"], mark + 22),
+            ("sysenter_eip", _MSRS["sysenter_eip"], mark + 23))}
+    msrs["sysenter_cs"] = plant("sysenter_cs", "<I", 0x5A50,
+                                lambda: uc.msr_write(_MSRS["sysenter_cs"], 0x5A50))
+    return Layout(eip=eip, hflags=hflags, segments=segments, control=control, msrs=msrs,
+                  **_find_exception_fields())
+
+
+def _find_exception_fields() -> dict[str, int]:
+    """Where #GP(0x78) leaves its error code and its trace: load a selector beyond the GDT."""
+    uc: Any = binding.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
+    uc.mem_map(0, 0x10000)
+    uc.mem_write(0x1000, bytes.fromhex("66B87800 8EC0 F4"))    # mov ax, 0x78; mov es, ax; hlt
+    _, env = _find_cpu(uc)
+    before = ctypes.string_at(env, _ENV_SIZE)
+    uc.hook_add(unicorn_const.UC_HOOK_INTR, lambda uc, number, _: uc.emu_stop())
+    uc.emu_start(0x1000, 0xF000)
+    after = ctypes.string_at(env, _ENV_SIZE)
+
+    def changed(value: int) -> list[int]:
+        return [at for at in range(256, _ENV_SIZE - 4, 4)
+                if before[at:at + 4] != after[at:at + 4] == struct.pack("<i", value)]
+
+    errors, exceptions = changed(0x78), changed(13)
+    if len(errors) != 1 or len(exceptions) != 1:
+        raise _refuse("the error code and the exception in flight were not found")
+    # int error_code, exception_is_int; u64 exception_next_eip, dr[8]; 4 pointers; int old_exception
+    if exceptions[0] - errors[0] != 112:
+        raise _refuse("the exception in flight lies elsewhere")
+    return {"error_code": errors[0], "exception_is_int": errors[0] + 4,
+            "old_exception": exceptions[0]}

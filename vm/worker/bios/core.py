@@ -1,0 +1,107 @@
+"""Dispatch of BIOS calls, their counts and their trace. See the package's docstring."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from ...engines.base import RIP, RSP, Cpu
+from ..clock import Clock
+from ..devices.board import Cmos
+from ..devices.disk import DiskImage
+from ..devices.keyboard import Keyboard
+from ..devices.serial import Serial
+from ..devices.vga import Vga
+from ..memory import GuestMemory
+from . import rom
+from .disk import DiskService
+from .keyboard import KeyboardService
+from .registers import Call, Wait
+from .rom import BIOS_PORT
+from .system import System, day_ticks
+from .video import Video
+
+__all__ = ["BIOS_PORT", "TRACE_LIMIT", "Bios"]
+
+TRACE_LIMIT: Final = 1 << 14
+_STUBS_END: Final = 256 * rom.STUB_BYTES
+_CARRY, _ZERO = 0x01, 0x40
+_ACTIVITY: Final = frozenset((0x10, 0x13, 0x14, 0x17))   # who calls these between polls is not idle
+
+
+class Bios:
+    """The services of one machine. `attach` gives it the vCPU before the first call."""
+
+    def __init__(
+        self, memory: GuestMemory, clock: Clock, *, vga: Vga, keyboard: Keyboard, serial: Serial,
+        cmos: Cmos, disk: DiskImage, end: Callable[[str, str, int | None], None],
+        count: Callable[[str, int], None],
+    ) -> None:
+        self._memory, self._count = memory, count
+        self._cpu: Cpu | None = None
+        self.wait: Wait | None = None
+        self.calls: Counter[tuple[int, int]] = Counter()
+        self.trace: list[tuple[int, int]] = []       # the first TRACE_LIMIT, repeats collapsed
+        now = cmos.now()
+        rom.install(memory, drive=disk.geometry.drive,
+                    ticks=day_ticks(now.hour * 3600 + now.minute * 60 + now.second))
+        self.video = Video(memory, vga, lambda: count("screen_version", 1))
+        self.keyboard = KeyboardService(memory, keyboard, clock, self._finish)
+        self.system = System(memory, clock, cmos, serial, end)
+        self._services: dict[int, Callable[[Call], None]] = {
+            **self.system.services,
+            0x10: self.video.call,
+            0x13: DiskService(memory, disk, count).call,
+            0x16: self.keyboard.call,
+        }
+        self.video.reset()
+
+    def attach(self, cpu: Cpu) -> None:
+        self._cpu = cpu
+
+    def _finish(self, change: Callable[[list[int]], None]) -> None:
+        """Complete a call after its wait: change the registers of the stopped vCPU."""
+        assert self._cpu is not None
+        gpr = self._cpu.get_gpr()
+        change(gpr)
+        self._cpu.set_gpr(gpr)
+
+    def call(self) -> None:
+        """The guest wrote to BIOS_PORT. Ignored when that was not one of the ROM's stubs."""
+        cpu = self._cpu
+        assert cpu is not None
+        gpr = cpu.get_gpr()
+        offset = gpr[RIP] & 0xFFFF
+        if offset >= _STUBS_END or cpu.segment_base("cs") != rom.BIOS_SEGMENT << 4:
+            return
+        vector = offset // rom.STUB_BYTES
+        call = Call(vector, gpr, cpu.segment_base)
+        key = (vector, call.ah)
+        self._count("bios_calls", 1)
+        self.calls[key] += 1
+        if len(self.trace) < TRACE_LIMIT and (not self.trace or self.trace[-1] != key):
+            self.trace.append(key)
+        self.system.update_ticks()
+        if vector in _ACTIVITY:
+            self.keyboard.empty_polls = 0
+        service = self._services.get(vector)
+        if service is not None:
+            service(call)
+        if call.carry is not None or call.zero is not None:
+            self._return_flags(call)
+        if call.changed:
+            cpu.set_gpr(gpr)
+        if call.wait is not None:
+            self.wait = call.wait
+            cpu.stop()
+
+    def _return_flags(self, call: Call) -> None:
+        """Into the flags that `int` pushed: IP, CS, flags from the top of the stack."""
+        address = call.address("ss", call.gpr[RSP] + 4)
+        flags = self._memory.u16(address)
+        if call.carry is not None:
+            flags = flags | _CARRY if call.carry else flags & ~_CARRY
+        if call.zero is not None:
+            flags = flags | _ZERO if call.zero else flags & ~_ZERO
+        self._memory.poke_u16(address, flags)

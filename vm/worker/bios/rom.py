@@ -1,0 +1,135 @@
+"""The BIOS' bytes: stubs, tables, interrupt vectors, data area.
+
+Layout of segment F000 (linear F0000h):
+
+| offset | what |
+|---|---|
+| n * 8 | stub of vector n: `out BIOS_PORT, al` / `iret` |
+| 0800h | entry of INT 13h: loads ES:DI with the diskette table for AH=08h, then its stub |
+| 0820h | entry of INT 15h: loads ES:BX with the configuration table for AH=C0h, then its stub |
+| E6F5h | configuration table (INT 15h/C0h) |
+| EFC7h | diskette parameter table (vector 1Eh), at IBM's address |
+| FFF0h | reset entry (`int 19h`), date at FFF5h, model FCh (AT) at FFFEh |
+
+Segment registers can only be loaded by the guest itself: hence the two longer entries.
+Source of addresses and layouts: IBM PC/AT Technical Reference, Ralf Brown's interrupt list.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from ..memory import GuestMemory
+
+__all__ = [
+    "BDA", "BDA_COLUMNS", "BDA_CURSOR", "BDA_CURSOR_SHAPE", "BDA_EQUIPMENT", "BDA_KEY_HEAD",
+    "BDA_KEY_TAIL", "BDA_MEMORY_KIB", "BDA_MIDNIGHT", "BDA_MODE", "BDA_PAGE", "BDA_PAGE_BYTES",
+    "BDA_PAGE_START", "BDA_TICKS", "BIOS_PORT", "BIOS_SEGMENT", "CONVENTIONAL_KIB", "STUB_BYTES",
+    "install",
+]
+
+BIOS_PORT: Final = 0xB0
+BIOS_SEGMENT: Final = 0xF000
+STUB_BYTES: Final = 8
+CONVENTIONAL_KIB: Final = 639                  # the last KiB is the extended BIOS data area's
+
+BDA: Final = 0x400
+BDA_EQUIPMENT: Final = 0x410
+BDA_MEMORY_KIB: Final = 0x413
+BDA_KEY_HEAD: Final = 0x41A
+BDA_KEY_TAIL: Final = 0x41C
+BDA_KEYS: Final = 0x1E                         # offsets within the BDA's segment 40h
+BDA_KEYS_END: Final = 0x3E
+BDA_MODE: Final = 0x449
+BDA_COLUMNS: Final = 0x44A
+BDA_PAGE_BYTES: Final = 0x44C
+BDA_PAGE_START: Final = 0x44E
+BDA_CURSOR: Final = 0x450                      # 8 pages, (column, row)
+BDA_CURSOR_SHAPE: Final = 0x460
+BDA_PAGE: Final = 0x462
+BDA_TICKS: Final = 0x46C
+BDA_MIDNIGHT: Final = 0x470
+
+_ENTRY_13, _ENTRY_15 = 0x0800, 0x0820
+_CONFIGURATION, _DISKETTE = 0xE6F5, 0xEFC7
+
+
+def _stub() -> bytes:
+    return bytes((0xE6, BIOS_PORT, 0xCF)).ljust(STUB_BYTES, b"\x90")
+
+
+def _jump(at: int, to: int) -> bytes:
+    return b"\xE9" + struct.pack("<H", to - (at + 3) & 0xFFFF)
+
+
+def _entry_13() -> bytes:
+    code = bytes.fromhex(
+        "80FC08"        # cmp ah, 8
+        "750C"          # jne stub
+        "80FA80"        # cmp dl, 80h
+        "7307"          # jae stub
+        "6800F0"        # push F000h
+        "07"            # pop es
+        "BF"            # mov di, ...
+    ) + struct.pack("<H", _DISKETTE)
+    return code + _jump(_ENTRY_13 + len(code), 0x13 * STUB_BYTES)
+
+
+def _entry_15() -> bytes:
+    code = bytes.fromhex(
+        "80FCC0"        # cmp ah, C0h
+        "7507"          # jne stub
+        "6800F0"        # push F000h
+        "07"            # pop es
+        "BB"            # mov bx, ...
+    ) + struct.pack("<H", _CONFIGURATION)
+    return code + _jump(_ENTRY_15 + len(code), 0x15 * STUB_BYTES)
+
+
+def _rom() -> bytes:
+    rom = bytearray(b"\xFF" * 0x10000)
+    rom[:256 * STUB_BYTES] = _stub() * 256
+    for offset, data in (
+        (_ENTRY_13, _entry_13()),
+        (_ENTRY_15, _entry_15()),
+        # Length 8; AT model; second 8259, RTC and keyboard intercept are there.
+        (_CONFIGURATION, struct.pack("<HBBBBBBBB", 8, 0xFC, 0x01, 0x00, 0x70, 0, 0, 0, 0)),
+        # Step rate and unload, load, motor off, 512-byte sectors, 18 a track, gaps, filler, times.
+        (_DISKETTE, bytes.fromhex("AF 02 25 02 12 1B FF 6C F6 0F 08")),
+        (0xFFF0, b"\xCD\x19\xEB\xFE"),          # int 19h; stay
+        (0xFFF5, b"01/01/26"),
+        (0xFFFE, b"\xFC\x00"),
+    ):
+        rom[offset:offset + len(data)] = data
+    return bytes(rom)
+
+
+def install(memory: GuestMemory, *, drive: int, ticks: int) -> None:
+    """Write ROM, vectors and data area. Memory must be at least 1 MiB."""
+    memory.write(BIOS_SEGMENT << 4, _rom())
+    vectors = {n: (BIOS_SEGMENT, n * STUB_BYTES) for n in range(256)}
+    vectors[0x13] = (BIOS_SEGMENT, _ENTRY_13)
+    vectors[0x15] = (BIOS_SEGMENT, _ENTRY_15)
+    vectors[0x1E] = (BIOS_SEGMENT, _DISKETTE)
+    for n in (0x1D, 0x1F, 0x41, 0x46, *range(0x60, 0x68)):
+        vectors[n] = (0, 0)                    # tables that we do not have, and the users' own
+    for n, (segment, offset) in vectors.items():
+        memory.poke(n * 4, struct.pack("<HH", offset, segment))
+    memory.poke(BDA, bytes(0x100))
+    memory.poke_u16(BDA, 0x3F8)                # COM1
+    memory.poke_u16(BDA + 0x0E, CONVENTIONAL_KIB << 6)
+    # 80x25 colour, one serial port, the floppy if we booted from one.
+    memory.poke_u16(BDA_EQUIPMENT, 0x0220 | (0x01 if drive < 0x80 else 0))
+    memory.poke_u16(BDA_MEMORY_KIB, CONVENTIONAL_KIB)
+    for address in (BDA_KEY_HEAD, BDA_KEY_TAIL):
+        memory.poke_u16(address, BDA_KEYS)
+    memory.poke_u16(BDA + 0x80, BDA_KEYS)
+    memory.poke_u16(BDA + 0x82, BDA_KEYS_END)
+    memory.poke_u16(BDA + 0x63, 0x3D4)         # CRT controller's port
+    memory.poke_u8(BDA + 0x75, 0 if drive < 0x80 else 1)   # hard disks
+    memory.poke_u8(BDA + 0x84, 24)             # rows less one
+    memory.poke_u16(BDA + 0x85, 16)            # scan lines a character
+    memory.poke_u8(BDA + 0x96, 0x10)           # enhanced keyboard
+    memory.poke_u32(BDA_TICKS, ticks)
+    memory.poke_u8(CONVENTIONAL_KIB << 10, 1)  # the extended data area's size in KiB

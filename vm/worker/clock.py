@@ -1,0 +1,44 @@
+"""Where a worker's devices get the time from, so that tests can give it to them.
+
+Two times.  *Monotonic* nanoseconds drive everything that counts (timer, token bucket, waits);
+*wall* nanoseconds since the Unix epoch answer a guest that asks for the date. The guest's wall
+clock is UTC: a sandboxed worker reads no time-zone file.  Guest time is host time: it goes on
+while the VM is paused or waits for a CPU, as a PC's battery clock would.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final, Protocol
+
+__all__ = ["PIT_HZ", "TICKS_PER_DAY", "Clock", "HostClock", "next_tick_ns", "tick_index"]
+
+PIT_HZ: Final = 1_193_182                 # 14.31818 MHz / 12, the PC's timer input
+TICKS_PER_DAY: Final = 0x1800B0           # BIOS convention: 65536 PIT periods a tick
+_TICK_PIT_PERIODS: Final = 65536
+
+
+class Clock(Protocol):
+    def monotonic_ns(self) -> int: ...
+    def wall_ns(self) -> int: ...
+
+
+class HostClock:
+    """CLOCK_MONOTONIC and CLOCK_REALTIME; both need no system call that a sandbox could refuse."""
+
+    def monotonic_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def wall_ns(self) -> int:
+        return time.time_ns()
+
+
+def tick_index(now_ns: int) -> int:
+    """How many 54.9 ms timer ticks fit into *now_ns*."""
+    return now_ns * PIT_HZ // (_TICK_PIT_PERIODS * 1_000_000_000)
+
+
+def next_tick_ns(now_ns: int) -> int:
+    """The first time after *now_ns* at which `tick_index` has grown."""
+    periods = (tick_index(now_ns) + 1) * _TICK_PIT_PERIODS * 1_000_000_000
+    return -(-periods // PIT_HZ)

@@ -1,0 +1,83 @@
+"""The worker's end of the control socket: packets in, packets out, sleeping on it.
+
+Theory.  One SOCK_SEQPACKET socket, one JSON object a packet (protocol.py).  The worker has one
+thread, which computes for the guest; it reads the socket when it is kicked (the supervisor sends
+first and kicks after, so a kick always finds its packet) and whenever it sleeps, because it
+sleeps in poll() on this very socket.  So no message is lost and none waits longer than the
+vCPU waits for a CPU.
+
+The end of the stream means that the supervisor is gone: `gone` stays true from then on. A guest
+that computes is told of it too: the kernel itself raises SIGUSR1, the kick, when something happens
+on the socket (O_ASYNC with F_SETSIG, see fcntl(2)), so a worker outlives nobody, guard or no guard.
+Sending blocks: a supervisor that asks and does not read the answers holds up its own VM, no other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any, Final
+
+from .protocol import MAX_PACKET
+
+__all__ = ["Control"]
+
+F_SETSIG: Final = 10           # linux/fcntl.h; Python's module has no name for it
+
+
+class Control:
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        # The kick must have its handler by now (vm/engines/kick.py): the default action is death.
+        fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(fd, F_SETSIG, signal.SIGUSR1)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+        self._readable = select.poll()
+        self._readable.register(fd, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(fd, select.POLLOUT)
+        self.gone = False
+
+    def requests(self) -> Iterator[dict[str, Any]]:
+        """Every packet that has come. What is no request is dropped: nobody could be answered."""
+        while not self.gone:
+            try:
+                packet = self._socket.recv(MAX_PACKET)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                self.gone = True
+                return
+            if not packet:
+                self.gone = True
+                return
+            try:
+                request = json.loads(packet)
+            except ValueError:
+                continue
+            if isinstance(request, dict) and isinstance(request.get("id"), int):
+                yield request
+
+    def send(self, packet: dict[str, Any]) -> None:
+        data = json.dumps(packet, separators=(",", ":")).encode()
+        while not self.gone:
+            try:
+                self._socket.send(data)
+                return
+            except BlockingIOError:
+                self._writable.poll()
+            except ConnectionError:
+                self.gone = True
+
+    def wait(self, seconds: float | None) -> None:
+        """Sleep until a packet comes or *seconds* have passed (None: for ever)."""
+        self._readable.poll(None if seconds is None else max(0.0, seconds * 1000))
+
+    def close(self) -> None:
+        self._socket.close()

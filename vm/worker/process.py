@@ -1,0 +1,433 @@
+"""A worker's life: one process, one thread, one VM.
+
+    build -> shut the door -> "started" -> run / sleep / pause -> "ended"
+
+Theory.  A vCPU is this process' only thread, so everything happens between two calls of
+`Cpu.run`: requests are answered, the guest's clock is brought up to date, and a guest that waits
+(HLT, a BIOS call for a key) sleeps in poll() on the control socket, where it costs nothing.  The
+supervisor kicks (SIGUSR1) after each packet; vm/engines/kick.py makes `run` return for it
+wherever it was.  A machine with a BIOS also kicks itself with the timer's 18.2 Hz while it
+computes, so that the tick count in guest memory moves even for a guest that calls nobody.
+
+Invariants.
+- The phase word of the status page says what the thread does; SLEEPING and PAUSED mean that
+  it is in poll().
+- However a guest ends, the supervisor gets exactly one `ended` (or `failed`) event with a
+  sentence, or the process was killed. No exception of an engine or of ours ends it silently.
+- Guest memory is mapped once, shared; nothing of the guest is copied out but what was asked for.
+- When the supervisor's end of the socket closes, the worker leaves.
+
+No interrupt is ever delivered to a guest: HLT with interrupts on goes on at the next timer tick
+or key, as if a handler had returned.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import mmap
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from .. import engines, guests
+from ..code import decode
+from ..engines import entry, kick
+from ..engines.base import (
+    GPR,
+    RAX,
+    RDX,
+    RFLAGS,
+    RIP,
+    RSP,
+    Cpu,
+    CpuState,
+    EngineError,
+    Exit,
+    ExitKind,
+    ExitReason,
+    HostLimit,
+)
+from . import sandbox
+from .clock import Clock, HostClock, next_tick_ns
+from .control import Control
+from .devices.disk import DiskImage
+from .machine import Machine
+from .memory import GuestMemory
+from .protocol import Ending, WorkerSpec
+from .status import Phase, StatusPage
+
+__all__ = [
+    "BOOT_SECTOR", "CALLS_LIMIT", "SERIAL_CHUNK_BYTES", "TRACE_CHUNK", "StartFailed", "Worker", "main", "spawned",
+    "warm",
+]
+
+BOOT_SECTOR: Final = 0x7C00
+SERIAL_CHUNK_BYTES: Final = 48 * 1024
+TRACE_CHUNK: Final = 4096
+CALLS_LIMIT: Final = 2048                         # a hostile guest makes 65536 kinds of call; a packet is bounded
+TICK_S: Final = 65536 / 1_193_182
+BIOS_MEMORY_BYTES: Final = 1 << 20
+WARM_MEMORY_BYTES: Final = 1 << 20
+
+# ExitReason -> (code, is it the guest's own doing)
+_CRASHES: Final = {
+    ExitReason.TRIPLE_FAULT: "triple-fault",
+    ExitReason.HOST_LIMIT: "host-limit",
+    ExitReason.GUEST_ERROR: "guest-error",
+    ExitReason.UNSUPPORTED: "unsupported",
+}
+
+
+class StartFailed(Exception):
+    """The VM could not be built; the text says what to change."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Worker:
+    """One VM from descriptors to its ending. `build`, then `live`; `close` frees everything."""
+
+    def __init__(
+        self, spec: WorkerSpec, control: Control, memory: mmap.mmap, status: StatusPage,
+        image_fd: int, clock: Clock | None = None,
+    ) -> None:
+        self._spec, self._control, self._raw, self._status = spec, control, memory, status
+        self._image_fd = image_fd
+        self._clock = clock or HostClock()
+        self._memory = GuestMemory(memory)
+        self._paused = spec.started_paused
+        self._asked = False                       # to stop
+        self._halted_until_ns: int | None = None  # behind a HLT
+        self._input_came = False                  # since that HLT
+        self._timer_on = False
+        self._screen_version = 0
+        self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "pause": self._pause, "resume": self._resume, "stop": self._stop,
+            "screen": self._screen, "keys": self._keys, "serial": self._serial,
+            "serial-input": self._serial_input, "registers": lambda _request: self._registers(),
+            "calls": self._calls,
+        }
+        disk = self._load()
+        self.machine = Machine(self._memory, self._clock, status.add, disk)
+        try:
+            self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits)
+        except HostLimit as error:
+            raise StartFailed("host-limit", str(error)) from error
+        except EngineError as error:
+            raise StartFailed("engine", str(error)) from error
+        self.machine.attach(self.cpu)
+        self.cpu.set_state(self._first_state(disk))
+
+    # Building.
+
+    def _load(self) -> DiskImage | None:
+        """Put the image where it belongs; the disk, when the VM boots from one."""
+        spec = self._spec
+        if spec.boot == "disk":
+            if self._memory.size < BIOS_MEMORY_BYTES:
+                raise StartFailed("memory", f"a VM that boots from a disk needs at least 1 MiB of "
+                                            f"memory, it has {self._memory.size} bytes")
+            fd = self._image_fd
+            if spec.builtin is not None:
+                fd = os.memfd_create("mixvisor-disk", os.MFD_CLOEXEC)
+                os.write(fd, _builtin(spec.builtin))
+            try:
+                disk = DiskImage(fd)
+            except (OSError, ValueError) as error:
+                raise StartFailed("image", f"the boot disk cannot be used: {error}") from error
+            self._memory.poke(BOOT_SECTOR, disk.read(0, 1) or b"")
+        else:
+            disk = None
+            if spec.builtin is not None:
+                image = _builtin(spec.builtin)
+            else:
+                size = os.fstat(self._image_fd).st_size
+                if spec.load + size > self._memory.size:
+                    raise StartFailed("memory", f"the image of {size} bytes does not fit into"
+                                                f" memory at {spec.load:#x}")
+                image = os.pread(self._image_fd, size, 0)
+            if self._memory.poke(spec.load, image) != len(image) or not image:
+                raise StartFailed("memory", f"the image of {len(image)} bytes does not fit into"
+                                            f" memory at {spec.load:#x}")
+        for address, value in spec.pokes:
+            if self._memory.poke(address, value.to_bytes(8, "little")) != 8:
+                raise StartFailed("memory", f"the poke at {address:#x} lies outside memory")
+        return disk
+
+    def _first_state(self, disk: DiskImage | None) -> CpuState:
+        if disk is None:
+            return entry.flat_state(self._raw, self._spec.bits, self._spec.entry)
+        state = CpuState()
+        state.gpr[RIP] = state.gpr[RSP] = BOOT_SECTOR
+        state.gpr[RDX] = disk.geometry.drive
+        state.gpr[RAX] = 0xAA55
+        state.gpr[RFLAGS] = 0x202                 # a BIOS enters with interrupts on
+        return state
+
+    # Life.
+
+    def live(self) -> Ending | None:
+        """Run the guest to its end. None: the supervisor is gone, nobody is to be told."""
+        try:
+            return self._live()
+        except HostLimit as error:
+            return self._crash("host-limit", str(error))
+        except EngineError as error:
+            return self._crash("engine", f"the engine could not go on: {error}")
+        except Exception as error:
+            # The edge of the process: whatever went wrong becomes a sentence for a person,
+            # the traceback goes to standard error, which the supervisor keeps.
+            _note_traceback()
+            return self._crash("internal", f"the worker failed ({type(error).__name__}: {error})")
+
+    def _live(self) -> Ending | None:
+        machine, status = self.machine, self._status
+        while True:
+            self._answer_all()
+            if self._control.gone:
+                return None
+            if self._asked:
+                return Ending("stopped", "stopped on request", "asked")
+            if self._paused:
+                self._sleep(None, Phase.PAUSED)
+                continue
+            now_ns = self._clock.monotonic_ns()
+            if not machine.wait_is_over(now_ns):
+                wait = machine.wait
+                self._sleep(wait.until_ns if wait else None, Phase.SLEEPING)
+                continue
+            if self._halted_until_ns is not None:
+                if now_ns < self._halted_until_ns and not self._input_came:
+                    self._sleep(self._halted_until_ns, Phase.SLEEPING)
+                    continue
+                self._halted_until_ns = None
+            machine.tick()
+            machine.finish_wait()
+            self._timer(on=machine.bios is not None)
+            status.set("phase", Phase.RUNNING)
+            if status.get("started_ns") == 0:
+                status.set("started_ns", self._clock.monotonic_ns())
+            ending = self._after(self.cpu.run())
+            if ending is not None:
+                return ending
+
+    def _after(self, left: Exit) -> Ending | None:
+        """What a return of `run` means: None to go on."""
+        ended = self.machine.ending
+        if ended is not None:
+            return Ending("stopped", ended.reason, ended.code, exit_code=ended.exit_code)
+        if left.reason in (ExitReason.KICKED, ExitReason.STOPPED):
+            return None
+        if left.reason is ExitReason.HALTED:
+            if not left.interrupts_on:
+                return Ending("stopped", "the guest halted with interrupts off", "halted",
+                              registers=self._registers())
+            self._input_came = False
+            self._halted_until_ns = next_tick_ns(self._clock.monotonic_ns())
+            return None
+        return self._crash(_CRASHES[left.reason], _sentence(left))
+
+    def _crash(self, code: str, reason: str) -> Ending:
+        ending = Ending("crashed", reason, code)
+        try:
+            state = self.cpu.get_state()
+            instruction = decode.describe(self._raw, state)
+        except Exception as error:
+            # A dead engine may not answer any more; the ending must be told all the same.
+            return replace(ending, reason=f"{reason} (its registers cannot be read: {error})")
+        return replace(ending, instruction=instruction, registers=flatten(state))
+
+    def _sleep(self, until_ns: int | None, phase: Phase) -> None:
+        """Wait for a packet or a time. The clock is the machine's, so tests decide how long."""
+        self._timer(on=False)
+        self._status.set("phase", phase)
+        begun = self._clock.monotonic_ns()
+        self._control.wait(None if until_ns is None else (until_ns - begun) / 1e9)
+        if phase is Phase.SLEEPING:
+            self._status.add("sleeping_ns", self._clock.monotonic_ns() - begun)
+
+    def _timer(self, *, on: bool) -> None:
+        if on != self._timer_on:
+            self._timer_on = on
+            signal.setitimer(signal.ITIMER_REAL, *((TICK_S, TICK_S) if on else (0.0, 0.0)))
+
+    def close(self) -> None:
+        self._timer(on=False)
+        self.cpu.close()
+
+    # Requests.
+
+    def _answer_all(self) -> None:
+        for request in self._control.requests():
+            answer: dict[str, Any]
+            operation = self._requests.get(str(request.get("op")))
+            try:
+                if operation is None:
+                    raise ValueError(f"unknown operation {request.get('op')!r}")
+                answer = {"ok": True, **operation(request)}
+            except (ValueError, TypeError, KeyError, EngineError) as error:
+                answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            self._control.send({"id": request["id"], **answer})
+
+    def _pause(self, _request: dict[str, Any]) -> dict[str, Any]:
+        self._paused = True
+        return {}
+
+    def _resume(self, _request: dict[str, Any]) -> dict[str, Any]:
+        self._paused = False
+        return {}
+
+    def _stop(self, _request: dict[str, Any]) -> dict[str, Any]:
+        self._asked = True
+        return {}
+
+    def _screen(self, _request: dict[str, Any]) -> dict[str, Any]:
+        screen = self.machine.screen()
+        if screen is None:
+            raise ValueError("this VM has no text screen: its memory ends below B8000h")
+        return {
+            "rows": list(screen.rows), "cursor": list(screen.cursor),
+            "attributes": base64.b64encode(screen.attributes).decode(),
+            "version": self._status.get("screen_version"),
+        }
+
+    def _keys(self, request: dict[str, Any]) -> dict[str, Any]:
+        keys = [(int(scan) & 0xFF, int(code) & 0xFF) for scan, code in request["scancodes"]]
+        self._input_came = True
+        return {"accepted": self.machine.press(keys)}
+
+    def _serial(self, request: dict[str, Any]) -> dict[str, Any]:
+        serial = self.machine.serial
+        offset, data = serial.ring.read(int(request["offset"]), SERIAL_CHUNK_BYTES)
+        return {"offset": offset, "data": base64.b64encode(data).decode(),
+                "dropped_bytes": serial.dropped, "end": serial.ring.end}
+
+    def _serial_input(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._input_came = True
+        return {"accepted": self.machine.serial.feed(base64.b64decode(request["data"], validate=True))}
+
+    def legacy(self) -> dict[str, Any]:
+        """What is still worth reading when the process is gone: the last screen and serial output."""
+        newest = self.machine.serial.ring.end - SERIAL_CHUNK_BYTES
+        words: dict[str, Any] = {"serial": self._serial({"offset": max(0, newest)})}
+        if self.machine.screen() is not None:
+            words["screen"] = self._screen({})
+        return words
+
+    def _registers(self) -> dict[str, Any]:
+        return flatten(self.cpu.get_state())
+
+    def _calls(self, request: dict[str, Any]) -> dict[str, Any]:
+        bios = self.machine.bios
+        if bios is None:
+            return {"calls": [], "trace": []}
+        first = max(0, int(request.get("trace_from", len(bios.trace))))
+        most = sorted(bios.calls.most_common(CALLS_LIMIT))
+        return {"calls": [[number, ah, count] for (number, ah), count in most],
+                "trace": [list(key) for key in bios.trace[first:first + TRACE_CHUNK]]}
+
+
+def flatten(state: CpuState) -> dict[str, int]:
+    """A CPU state as name -> number, for reports."""
+    registers: dict[str, int] = dict(zip(GPR, state.gpr, strict=True))
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        registers[name] = getattr(state, name).selector
+    for name in ("cr0", "cr2", "cr3", "cr4", "efer"):
+        registers[name] = getattr(state, name)
+    return registers
+
+
+def _builtin(name: str) -> bytes:
+    if name not in guests.BUILTIN:
+        raise StartFailed("image", f"there is no built-in guest {name!r}: there are"
+                                   f" {', '.join(guests.BUILTIN)}")
+    return guests.image(name)
+
+
+def _sentence(left: Exit) -> str:
+    what = {
+        ExitReason.TRIPLE_FAULT: "the guest triple-faulted, where a PC would reset",
+        ExitReason.HOST_LIMIT: "a limit of this host, not of the guest",
+        ExitReason.GUEST_ERROR: "the guest did what no PC can go on from",
+        ExitReason.UNSUPPORTED: "the guest left the engine in a way that is not supported",
+    }[left.reason]
+    return f"{what}: {left.detail}" if left.detail else what
+
+
+def main(spec: WorkerSpec, fds: list[int]) -> int:
+    """Live as the worker of one VM; returns the process' exit code.
+
+    `fds`: control socket, guest memory, status page, image (-1 or missing for a built-in guest).
+    Exit codes: 0 ended and told so, 1 could not start and told so, 2 the supervisor is gone.
+    """
+    # First of all: a kick that comes before its handler would kill us.
+    kick.install()
+    control = Control(fds[0])
+    try:
+        status = StatusPage(fds[2], writable=True)
+        status.set("phase", Phase.STARTING)
+        memory = mmap.mmap(fds[1], spec.memory_bytes)
+        worker = Worker(spec, control, memory, status, fds[3] if len(fds) > 3 else -1)
+    except StartFailed as error:
+        return _failed(control, error.code, str(error))
+    except Exception as error:
+        # The edge of the process, as in `live`.
+        _note_traceback()
+        return _failed(control, "start",
+                       f"the worker could not start ({type(error).__name__}: {error})")
+    # Everything is open, mapped and imported: no need for the outside world any more.
+    achieved = sandbox.enter() if spec.sandbox else ["not: anything (switched off)"]
+    control.send({"event": "started", "sandbox": achieved, "engine": spec.engine})
+    ending = worker.live()
+    status.set("phase", Phase.ENDED)
+    if ending is not None:
+        control.send({"event": "ended", **ending.to_json(), **worker.legacy()})
+    worker.close()
+    return 0 if ending is not None else 2
+
+
+def _note_traceback() -> None:
+    # A full or closed standard error must not hide the ending from the supervisor.
+    with contextlib.suppress(OSError, ValueError):
+        traceback.print_exc()
+        sys.stderr.flush()
+
+
+def _failed(control: Control, code: str, reason: str) -> int:
+    ending = Ending("failed", reason, code)
+    control.send({"event": "failed", "error": reason, **ending.to_json()})
+    return 1
+
+
+def warm() -> None:
+    """For the zygote, before it forks: do once what each worker would find out anew.
+
+    The software engine looks for the layout of Unicorn's CPU state (some 35 ms) and keeps it.
+    """
+    nobody = Machine(GuestMemory(bytearray(mmap.PAGESIZE)), HostClock(), lambda _name, _n: None)
+    memory = mmap.mmap(-1, WARM_MEMORY_BYTES)
+    counters = memoryview(bytearray(8 * len(ExitKind))).cast("Q")
+    # An engine that cannot be had is the worker's error to report, with its reason.
+    with contextlib.suppress(EngineError):
+        cpu = engines.create("software", memory, nobody, counters)
+        try:
+            cpu.set_state(CpuState())
+        finally:
+            cpu.close()
+
+
+def spawned(arguments: dict[str, Any], fds: list[int]) -> int:
+    """The zygote's entry: `arguments` is a WorkerSpec in JSON. Closes every other descriptor."""
+    before = 3
+    for fd in sorted(fd for fd in fds if fd >= 0):
+        os.closerange(before, fd)
+        before = fd + 1
+    os.closerange(before, os.sysconf("SC_OPEN_MAX"))
+    return main(WorkerSpec.from_json(arguments), fds)

@@ -1,0 +1,85 @@
+"""What supervisor and worker say to each other, and what a worker is given.
+
+Transport: one SOCK_SEQPACKET socket a worker, one JSON object a packet, at most
+`MAX_PACKET` bytes. The supervisor sends requests `{"id": n, "op": ..., ...}`, then raises
+SIGUSR1 in the worker (through its pidfd) so that a computing guest is interrupted; the worker
+drains the socket and answers `{"id": n, "ok": true, ...}` or `{"id": n, "ok": false, "error": "..."}`. Unasked, a
+worker sends only `{"event": "started"}`, `{"event": "failed", "error": ...}` (it could not
+start; it then exits) and `{"event": "ended", ...fields of Ending, "screen": {...}, "serial": {...}}`, the last
+two as answers of those operations, to be read when the process is gone (no screen below 768 KiB of memory). It never
+floods: serial output stays in the worker's ring buffer until asked for.
+
+Operations: `pause`, `resume`, `stop` (ends the guest in good order: Ending STOPPED),
+`screen` -> {rows: [25 str of 80], attributes: base64 of 2000 bytes, cursor: [x, y], version: int},
+`keys` {scancodes: [[scan, ascii], ...]} -> {accepted: n} (a full buffer accepts fewer),
+`serial` {offset: int} -> {offset, data: base64, dropped_bytes, end: int} (at most 48 KiB a time;
+an offset that has left the ring is moved up to the oldest byte kept),
+`serial-input` {data: base64} -> {accepted: n},
+`registers` -> {...}, `calls` {trace_from: int, optional} -> {calls: [[int, ah, count], ...], trace: [[int, ah], ...]}
+(BIOS calls so far, the 2048 most frequent kinds; of the first 16384 in order, repeats collapsed, at most 4096
+from `trace_from`).
+
+The worker's packets are the words of a process that runs hostile code: the supervisor checks
+types and lengths and ends a worker that talks nonsense.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+__all__ = ["MAX_PACKET", "SERIAL_RING_BYTES", "Ending", "Fate", "WorkerSpec"]
+
+MAX_PACKET: Final = 128 * 1024
+SERIAL_RING_BYTES: Final = 64 * 1024
+
+
+class Fate(enum.Enum):
+    """How a guest ended. `exit_code` is of the exit port (isa-debug-exit: the byte written)."""
+
+    STOPPED = "stopped"      # asked to stop, or ended itself by the exit port or a final HLT
+    CRASHED = "crashed"      # guest fault, host limit, engine fault: `reason` tells which
+    FAILED = "failed"        # never started
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    fate: Literal["stopped", "crashed", "failed"]
+    reason: str                       # one sentence for a person
+    # Stable. Stopped: asked, exit-port, halted, reset, no-boot. Crashed: triple-fault, host-limit,
+    # guest-error, unsupported, engine, internal. Failed: memory, image, host-limit, engine, start.
+    code: str
+    exit_code: int | None = None
+    instruction: str | None = None    # capstone's text of the instruction at RIP
+    registers: dict[str, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What a worker is started with (JSON), beside these descriptors, in this order:
+    control socket, guest memory memfd, status memfd, image (boot disk or flat image, read-only)
+    or -1 where the image is a built-in guest.
+    """
+
+    name: str
+    engine: Literal["kvm", "software"]
+    memory_bytes: int
+    boot: Literal["flat", "disk"]
+    builtin: str | None = None                # name in vm/guests; boots flat, or as a boot sector
+    bits: Literal[16, 32, 64] = 16            # flat: the mode the vCPU starts in
+    load: int = 0x10000                       # flat: guest-physical address of the first byte
+    entry: int = 0x10000                      # flat: where execution starts (linear)
+    pokes: list[tuple[int, int]] = field(default_factory=list)  # (address, u64) before start
+    sandbox: bool = True                      # nobody, namespaces, seccomp as far as permitted
+    started_paused: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> WorkerSpec:
+        return cls(**{**data, "pokes": [tuple(p) for p in data.get("pokes", [])]})

@@ -1,0 +1,68 @@
+"""The status page: what a worker publishes about itself without being asked.
+
+One shared 4 KiB memfd a VM. The worker is its only writer; the supervisor and the dispatcher
+map it read-only. A worker runs hostile guests, so readers treat every value as a claim: it may
+be absurd, never dangerous (nothing is indexed, allocated or scheduled by it alone; CPU time
+comes from the kernel). Each field is an aligned 64-bit little-endian word, written by one store.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+from typing import Final
+
+from ..engines.base import ExitKind
+
+__all__ = ["EXITS_OFFSET", "FIELDS", "STATUS_SIZE", "Phase", "StatusPage"]
+
+STATUS_SIZE: Final = 4096
+MAGIC: Final = 0x3153_5849_4D56_5831  # layout 1
+
+
+class Phase(enum.IntEnum):
+    STARTING = 0
+    RUNNING = 1      # in guest context, or handling an exit
+    SLEEPING = 2     # the guest waits (HLT, a BIOS call for a key): needs no CPU
+    PAUSED = 3
+    ENDED = 4
+
+
+FIELDS: Final = {
+    name: index for index, name in enumerate((
+        "magic", "phase", "started_ns",        # CLOCK_MONOTONIC of the first guest instruction
+        "exit_handling_ns",                    # host time in exits (wall clock of the vCPU thread)
+        "serial_bytes", "serial_dropped_bytes",
+        "bios_calls", "disk_read_bytes", "disk_written_bytes",
+        "screen_version",                      # moves when the text screen may have changed
+        "sleeping_ns",                         # total time in SLEEPING
+    ))
+}
+EXITS_OFFSET: Final = 512
+
+
+class StatusPage:
+    """A view of a status page: `page.get("phase")`, `page.set("phase", Phase.RUNNING)`."""
+
+    def __init__(self, fd: int, *, writable: bool) -> None:
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._map = mmap.mmap(fd, STATUS_SIZE, prot=prot)
+        self.words = memoryview(self._map).cast("Q")
+        first = EXITS_OFFSET // 8
+        self.exits = self.words[first:first + len(ExitKind)]
+        if writable:
+            self.words[FIELDS["magic"]] = MAGIC
+
+    def get(self, name: str) -> int:
+        return self.words[FIELDS[name]]
+
+    def set(self, name: str, value: int) -> None:
+        self.words[FIELDS[name]] = value
+
+    def add(self, name: str, value: int) -> None:
+        self.words[FIELDS[name]] += value
+
+    def close(self) -> None:
+        self.exits.release()
+        self.words.release()
+        self._map.close()
