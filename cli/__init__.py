@@ -1,0 +1,1 @@
+"""The commands. `main` builds the group; every command lives in a module that is imported late."""

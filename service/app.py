@@ -1,0 +1,344 @@
+"""The service: everything is put together here, and nowhere else.
+
+One nursery holds the HTTP servers, the scheduler, the VMs and the watchers. The order of starting
+is the order in which things can be refused: the mode plan, the state directory, the addresses;
+only when all of that is had does the first process start, so a refusal leaves nothing behind.
+The order of ending is the reverse: VMs, scheduler, zygote, sockets, lock.
+
+The process itself stays off the host CPUs that VMs use where there are others, so that a burst of
+API requests costs a VM nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import structlog
+import trio
+
+from ..config.model import Config, DiskBoot, FlatBoot, VmConfig, vm_cpus
+from ..metrics.snapshot import (
+    CpuSnapshot,
+    Histogram,
+    HostSnapshot,
+    SchedulerSnapshot,
+    ServiceSnapshot,
+    Snapshot,
+)
+from ..sched.accounts import HistogramFigures, SchedulerStatistics
+from ..sched.supervisor import DispatchRefused, Scheduler
+from ..vm.guests import BUILTIN, pokes
+from ..vm.host import HostFacts
+from ..vm.lifecycle import Phase
+from ..vm.modes import Mode, ModeDecision, ModeRefusal, mixing_warning, plan
+from ..vm.worker.protocol import WorkerSpec
+from .backend import Action, NotFound, ServiceError, Unusable
+from .children import open_zygote
+from .machine import Machine, MachineContext
+from .statedir import StateDir
+from .warnings import Board
+
+__all__ = ["Service", "worker_spec"]
+
+log = structlog.get_logger("mixvisor")
+
+VERSION: Final = version("mixvisor")
+GuardState = Literal["watching", "fired", "absent"]
+SNAPSHOT_SECONDS: Final = 0.1
+DRAIN_SECONDS: Final = 1.2       # for all VMs together; who has not ended by then is killed
+
+
+def worker_spec(vm: VmConfig, decision: ModeDecision, *, sandbox: bool) -> WorkerSpec:
+    """What the worker of this VM is told. Raises ServiceError for a guest that is not there."""
+    common: dict[str, Any] = {
+        "name": vm.name, "engine": decision.engine, "memory_bytes": vm.memory, "sandbox": sandbox}
+    boot = vm.boot
+    if isinstance(boot, DiskBoot):
+        return WorkerSpec(**common, boot="disk")
+    if isinstance(boot, FlatBoot):
+        return WorkerSpec(**common, boot="flat", bits=boot.bits, load=boot.load, entry=boot.start)
+    guest = BUILTIN[boot.guest]
+    return WorkerSpec(**common, boot="flat", builtin=guest.name, bits=guest.bits, load=guest.load,
+                      entry=guest.entry, pokes=pokes(guest.name, boot.parameters))
+
+
+def _decide(config: Config, facts: HostFacts) -> dict[str, ModeDecision]:
+    """The mode of every VM. Raises Unusable with every refusal: none is half-applied."""
+    decisions = plan(config.vms, facts.modes)
+    refused = [answer for answer in decisions.values() if isinstance(answer, ModeRefusal)]
+    if refused:
+        raise Unusable("\n".join(str(refusal) for refusal in refused))
+    return {name: answer for name, answer in decisions.items() if isinstance(answer, ModeDecision)}
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> ServiceError | None:
+    """The one ServiceError that a group holds, when it holds nothing else."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        if len(found.exceptions) != 1:
+            return None
+        found = found.exceptions[0]
+    return found if isinstance(found, ServiceError) else None
+
+
+class Service:
+    """A running mixvisor; implements `service.backend.Backend`.
+
+    config: a checked configuration. state_dir: lock and serial logs. socket: where the control
+    API listens (None: nowhere). facts: the host, read afresh when None.
+    """
+
+    def __init__(
+        self, config: Config, *, state_dir: Path, socket: Path | None, facts: HostFacts | None = None,
+        sandbox: bool = True,
+    ) -> None:
+        self.config = config
+        self.facts = facts or HostFacts.read()
+        self.board = Board()
+        self.ready = False
+        self.metrics_address: str | None = None
+        self._state_path = state_dir
+        self._socket = socket
+        self._sandbox = sandbox
+        self._started_unix_s = time.time()
+        self._machines: dict[str, Machine] = {}
+        self._scheduler: Scheduler | None = None
+        self._shutdown = trio.Event()
+        self._cached: tuple[float, Snapshot] | None = None
+        self.vm_cpus = vm_cpus(config, self.facts.cpus)
+        self.decisions = _decide(config, self.facts)
+
+    # -- the life of the service ----------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `request_shutdown` or cancellation; then end everything within two seconds.
+
+        Reports started once every autostart VM runs or has failed. Raises ServiceError where the
+        service cannot start; nothing is left behind then.
+        """
+        state = StateDir(self._state_path)
+        try:
+            with self._off_the_vm_cpus():
+                async with trio.open_nursery() as servers:
+                    await self._serve(servers)
+                    await self._run_vms(state, task_status)
+                    servers.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # One plain refusal rather than the nurseries that it passed through.
+            refusal = _only(group)
+            if refusal is None:
+                raise
+            raise refusal from None
+        finally:
+            state.close()
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        from .api import control_app, metrics_app
+        from .http import serve
+
+        if self._socket is not None:
+            await nursery.start(lambda task_status: serve(
+                control_app(self), unix_socket=self._socket, task_status=task_status))
+        listen = self.config.metrics.listen
+        if listen != "none":
+            self.metrics_address = await nursery.start(lambda task_status: serve(
+                metrics_app(self), tcp=listen, task_status=task_status))
+
+    async def _run_vms(self, state: StateDir, task_status: trio.TaskStatus[None]) -> None:
+        scheduler_config = self.config.scheduler
+        async with open_zygote() as zygote, trio.open_nursery() as nursery:
+            scheduler = Scheduler(
+                cpus=self.vm_cpus, dispatch=self.config.host.dispatch,
+                slice_ns=scheduler_config.slice_us * 1000,
+                ratelimit_ns=scheduler_config.ratelimit_us * 1000,
+                migrate_resist_ns=scheduler_config.migrate_resist_us * 1000,
+                spawn=zygote.spawn, warn=self.board.put)
+            try:
+                await nursery.start(scheduler.run)
+            except DispatchRefused as error:
+                raise ServiceError(str(error)) from error
+            self._scheduler = scheduler
+            self._lift_priority()
+            async with trio.open_nursery() as lives:
+                context = MachineContext(
+                    zygote=zygote, scheduler=scheduler, board=self.board, nursery=lives,
+                    changed=self._changed)
+                self._define(context, state)
+                try:
+                    async with trio.open_nursery() as starting:
+                        starting.start_soon(self._autostart, task_status)
+                        await self._shutdown.wait()
+                        starting.cancel_scope.cancel()
+                finally:
+                    self.ready = False
+                    with trio.CancelScope(shield=True):
+                        await self._drain()
+                lives.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
+
+    def _define(self, context: MachineContext, state: StateDir) -> None:
+        for vm in self.config.vms:
+            decision = self.decisions[vm.name]
+            allowed = frozenset(vm.cpus or self.vm_cpus) & frozenset(self.vm_cpus)
+            serial_log = state.log_of(vm.name) if vm.console_kind == "serial" else None
+            self._machines[vm.name] = Machine(
+                vm, decision, worker_spec(vm, decision, sandbox=self._sandbox),
+                allowed, context, serial_log)
+
+    async def _autostart(self, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                for machine in self._machines.values():
+                    if machine.config.autostart:
+                        nursery.start_soon(self._start_quietly, machine)
+            # What is alive now lives long: a full collection that walks all of it each time costs
+            # 50 ms, in which nobody gets an answer.
+            gc.collect()
+            gc.freeze()
+            self.ready = True
+        finally:
+            task_status.started()              # also when it is to end before it was ready
+
+    async def _start_quietly(self, machine: Machine) -> None:
+        try:
+            await machine.start()
+        except ServiceError:
+            # Logged where it happened, shown as the VM's state: the other VMs start all the same.
+            return
+
+    async def _drain(self) -> None:
+        """Stop every VM; who has not ended after DRAIN_SECONDS is killed."""
+        async def end(machine: Machine, how: Action) -> None:
+            try:
+                await getattr(machine, how)()
+            except ServiceError:
+                # It ended by itself meanwhile.
+                return
+
+        def unfinished() -> list[Machine]:
+            return [machine for machine in self._machines.values() if machine.unfinished]
+
+        with trio.move_on_after(DRAIN_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for machine in unfinished():
+                    nursery.start_soon(end, machine, "stop")
+        async with trio.open_nursery() as nursery:
+            for machine in unfinished():
+                nursery.start_soon(end, machine, "kill")
+
+    @contextmanager
+    def _off_the_vm_cpus(self) -> Iterator[None]:
+        before = os.sched_getaffinity(0)
+        rest = before - set(self.vm_cpus)
+        if rest:
+            os.sched_setaffinity(0, rest)
+        else:
+            self.board.put(
+                "no-spare-cpu", "info", "VMs may use every host CPU, so the supervisor shares one with them",
+                "leave one out of [host] cpus to keep the supervisor's work away from the VMs")
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
+            if os.getpriority(os.PRIO_PROCESS, 0) != nice:
+                os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+    def _lift_priority(self) -> None:
+        """Wake on time on a full host. After the zygote's start: VMs must not inherit it."""
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, -11)
+        except PermissionError:
+            self.board.put(
+                "supervisor-priority", "info",
+                "the supervisor may not raise its own priority, so on a full host it may wake late",
+                "grant CAP_SYS_NICE (systemd: AmbientCapabilities=CAP_SYS_NICE)")
+
+    # -- warnings -------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        """A VM moved along its life: what is true of the running set may have changed."""
+        self._cached = None
+        running: dict[str, Mode] = {
+            m.name: m.decision.mode for m in self._machines.values() if m.phase is Phase.RUNNING}
+        text = mixing_warning(running, self.facts.technology)
+        if text is None:
+            self.board.clear("mixed-modes")
+        else:
+            self.board.put(text.code, text.severity, text.message, text.advice, text.vms)
+
+    # -- Backend --------------------------------------------------------------------------
+
+    def request_shutdown(self) -> None:
+        self._shutdown.set()
+
+    def machine(self, name: str) -> Machine:
+        try:
+            return self._machines[name]
+        except KeyError:
+            known = ", ".join(self._machines) or "none"
+            raise NotFound(f"there is no VM named {name!r}; defined: {known}") from None
+
+    async def act(self, name: str, action: Action) -> None:
+        machine = self.machine(name)
+        if not self.ready:
+            raise ServiceError("the service is starting or ending; try again")
+        await getattr(machine, action)()
+
+    async def ask(self, name: str, op: str, **arguments: Any) -> dict[str, Any]:
+        return await self.machine(name).ask(op, **arguments)
+
+    def snapshot(self) -> Snapshot:
+        now = time.monotonic()
+        if self._cached is None or now - self._cached[0] >= SNAPSHOT_SECONDS:
+            self._cached = (now, self._picture())
+        return self._cached[1]
+
+    def _picture(self) -> Snapshot:
+        facts = self.facts
+        statistics = self._scheduler.statistics() if self._scheduler else None
+        figures = {f.vm: f for f in statistics.vcpus if f.index == 0} if statistics else {}
+        return Snapshot(
+            taken_unix_s=time.time(), monotonic_ns=time.monotonic_ns(),
+            service=ServiceSnapshot(
+                version=VERSION, pid=os.getpid(), started_unix_s=self._started_unix_s,
+                config_path=str(self.config.path) if self.config.path else None, ready=self.ready),
+            host=HostSnapshot(
+                technology=facts.technology, kvm=facts.kvm.why or "usable", kernel=facts.kernel,
+                cpu_model=facts.cpu_model, cpus=facts.online_cpus, vm_cpus=self.vm_cpus,
+                memory_bytes=facts.memory_bytes),
+            scheduler=SchedulerSnapshot(
+                policy=self.config.scheduler.policy,
+                dispatch=statistics.dispatch if statistics else "plain",
+                dispatch_reason=statistics.dispatch_reason if statistics else "not started yet",
+                slice_ns=self.config.scheduler.slice_us * 1000,
+                fairness=statistics.fairness if statistics else None,
+                errors=statistics.errors if statistics else {},
+                guard=cast("GuardState", statistics.guard) if statistics else "absent"),
+            cpus=self._cpu_snapshots(statistics),
+            vms=tuple(machine.snapshot(figures.get(name)) for name, machine in self._machines.items()),
+            warnings=self.board.now())
+
+    def _cpu_snapshots(self, statistics: SchedulerStatistics | None) -> tuple[CpuSnapshot, ...]:
+        if statistics is None:
+            return ()
+        where = {cpu.cpu: cpu for cpu in self.facts.topology}
+        return tuple(CpuSnapshot(
+            cpu=f.cpu, core=where[f.cpu].core, socket=where[f.cpu].socket,
+            residency_ns=f.residency_ns, switches=f.switches,
+            run_length={mode: _histogram(h) for mode, h in f.run_length.items()},
+            vm_switches=f.vm_switches, slices=f.slices, lateness=_histogram(f.lateness),
+            decision=_histogram(f.decision), overrun=_histogram(f.overrun),
+            dispatcher_cpu_ns=f.dispatcher_cpu_ns, frozen_ns=f.frozen_ns,
+            lost_records=f.lost_records, runnable=f.runnable) for f in statistics.cpus)
+
+
+def _histogram(figures: HistogramFigures) -> Histogram:
+    return Histogram(figures.bounds_ns, figures.counts, figures.sum_ns)

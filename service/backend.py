@@ -1,0 +1,68 @@
+"""What the control API needs of a running service, and how a refusal is said.
+
+The API (service/api.py) and the command line know only this; `service.app.Service` implements
+it, and tests put a fake in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Protocol
+
+from ..metrics.snapshot import Snapshot
+
+__all__ = [
+    "Action", "Backend", "Conflict", "Denied", "NotFound", "ServiceError", "TimedOut", "Unusable",
+]
+
+Action = Literal["start", "stop", "kill", "pause", "resume"]
+
+
+class ServiceError(Exception):
+    """A refused request: `code` is stable, the text is one sentence for a person.
+
+    `status` is the HTTP status, `exit_code` that of the command line.
+    """
+
+    code: ClassVar[str] = "failed"
+    status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+
+
+class NotFound(ServiceError):
+    code, status, exit_code = "not-found", 404, 3
+
+
+class Conflict(ServiceError):
+    """The VM is not in a state that allows it."""
+
+    code, status, exit_code = "conflict", 409, 4
+
+
+class Denied(ServiceError):
+    code, status, exit_code = "denied", 403, 6
+
+
+class TimedOut(ServiceError):
+    code, status, exit_code = "timeout", 504, 7
+
+
+class Unusable(ServiceError):
+    """The request itself is wrong."""
+
+    code, status, exit_code = "unusable", 422, 2
+
+
+class Backend(Protocol):
+    def snapshot(self) -> Snapshot:
+        """The newest picture, at most 100 ms old. Never blocks."""
+        ...
+
+    async def act(self, name: str, action: Action) -> None:
+        """Do it and return when it is so (stop: the guest has ended). Raises ServiceError."""
+        ...
+
+    async def ask(self, name: str, op: str, **arguments: Any) -> dict[str, Any]:
+        """An operation of the worker protocol (`screen`, `keys`, `serial`, ...). Raises ServiceError."""
+        ...
+
+    def request_shutdown(self) -> None: ...

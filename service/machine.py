@@ -1,0 +1,479 @@
+"""One VM from definition to end: its life, its commands, its counters over restarts.
+
+The life is the table of vm/lifecycle.py; this module moves along it while the world moves.
+One task per running VM (`_lives`) owns the worker process: it starts it, hands its thread to the
+scheduler, waits for the end, takes the thread back *before* the process is killed or reaped (a
+killed real-time thread behind others never gets the CPU to die), and decides about a restart.
+Commands only say what is wanted (`_Life`) and wait until it is so: a command that is given up or
+comes at a bad moment leaves nothing half done.
+
+Invariant.  Whatever happens to a worker, and whatever defect we meet, ends this VM in a phase
+with a reason; no exception leaves `_lives`.
+"""
+
+from __future__ import annotations
+
+import base64
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal
+
+import structlog
+import trio
+
+from ..config.model import VmConfig
+from ..metrics.snapshot import VcpuSnapshot, VmSnapshot
+from ..sched.accounts import VcpuFigures
+from ..sched.supervisor import Scheduler, VcpuThread
+from ..vm.engines.base import EXIT_KINDS
+from ..vm.lifecycle import ENDED, IllegalMove, Phase, Signal, decide_restart, move
+from ..vm.modes import ModeDecision
+from ..vm.worker.protocol import Ending, WorkerSpec
+from .backend import Conflict, ServiceError, Unusable
+from .children import Zygote
+from .incarnation import Incarnation
+from .link import WorkerLink, harmless_screen
+from .statedir import SerialLog
+from .warnings import Board
+
+__all__ = ["Machine", "MachineContext"]
+
+log = structlog.get_logger("mixvisor")
+
+STOP_SECONDS: Final = 3.0        # a guest that has not ended by then is killed
+BURY_SECONDS: Final = 5.0        # from SIGKILL to the end of the process
+SERIAL_SECONDS: Final = 0.5
+OPERATIONS: Final = frozenset({"screen", "keys", "serial", "serial-input", "registers", "calls"})
+
+
+@dataclass(slots=True, kw_only=True)
+class MachineContext:
+    """What a VM needs of the service around it."""
+
+    zygote: Zygote
+    scheduler: Scheduler
+    board: Board
+    nursery: trio.Nursery
+    changed: Callable[[], None]      # a VM moved along its life
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters of one incarnation, or summed over those that have ended."""
+
+    run_ns: int = 0
+    wait_ns: int = 0
+    halted_ns: int = 0
+    entitled_ns: int = 0
+    leak_ns: int = 0
+    emulator_ns: int = 0
+    slices: int = 0
+    migrations: int = 0
+    exit_handling_ns: int = 0
+    serial_bytes: int = 0
+    serial_dropped_bytes: int = 0
+    bios_calls: int = 0
+    block_read_bytes: int = 0
+    block_written_bytes: int = 0
+    progress: int = 0
+    exits: list[int] = field(default_factory=lambda: [0] * len(EXIT_KINDS))
+
+    def plus(self, other: Totals) -> Totals:
+        total = Totals(*(getattr(self, name) + getattr(other, name) for name in COUNTERS))
+        total.exits = [a + b for a, b in zip(self.exits, other.exits, strict=True)]
+        return total
+
+
+class _Life:
+    """From one `start` to its end, automatic restarts included: what is wanted, and how far it is."""
+
+    def __init__(self) -> None:
+        self.stop = trio.Event()               # its end is wanted, and no restart
+        self.kill = trio.Event()               # the same, at once
+        self.settled = trio.Event()            # the guest has run, or never will
+        self.over = trio.Event()
+        self.refusal: ServiceError | None = None     # why it never ran, once settled
+
+
+COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name != "exits")   # in the order of the fields
+
+
+class Machine:
+    def __init__(
+        self, config: VmConfig, decision: ModeDecision, spec: WorkerSpec, cpus: frozenset[int],
+        context: MachineContext, serial_log: SerialLog | None,
+    ) -> None:
+        self.config = config
+        self.decision = decision
+        self.spec = spec
+        self.cpus = cpus
+        self.phase = Phase.DEFINED
+        self.reason = ""
+        self.restarts = 0
+        self.started_unix_s: float | None = None
+        self._context = context
+        self._log = serial_log
+        self._logged = 0                       # offset in the serial stream of the live incarnation
+        self._live_one: Incarnation | None = None
+        self._past = Totals()                  # of the incarnations that have ended
+        self._incarnations = 0                 # how many those are
+        self._legacy: dict[str, dict[str, Any]] = {}   # what the last guest left: screen, serial
+        self._life: _Life | None = None
+        self._switching = trio.Lock()          # one pause or resume at a time
+
+    @property
+    def unfinished(self) -> bool:
+        """It lives, or will start again by itself."""
+        return self._life is not None and not self._life.over.is_set()
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    # -- phases ---------------------------------------------------------------------------
+
+    def _move(self, sign: Signal, reason: str = "") -> None:
+        self.phase = move(self.name, self.phase, sign)
+        self.reason = reason
+        self._context.changed()
+        log.info(f"{self.name} is {self.phase.value}", code=f"vm-{self.phase.value}", vm=self.name,
+                 **({"reason": reason} if reason else {}))
+
+    # -- commands -------------------------------------------------------------------------
+
+    def _command(self, sign: Signal) -> None:
+        try:
+            self._move(sign)
+        except IllegalMove as error:
+            raise Conflict(str(error)) from error
+
+    async def start(self) -> None:
+        """Start it and return when the guest runs. Raises Conflict, ServiceError."""
+        before = self._life
+        self._command(Signal.START)
+        if before is not None:
+            before.stop.set()                  # it waits for its automatic restart: the operator is faster
+        life = self._life = _Life()
+        self._context.nursery.start_soon(self._lives, life)
+        await life.settled.wait()
+        if life.refusal is not None:
+            raise life.refusal
+
+    async def stop(self) -> None:
+        """End the guest in good order, by force after `STOP_SECONDS`."""
+        await self._end(Signal.STOP)
+
+    async def kill(self) -> None:
+        """End the worker process at once."""
+        await self._end(Signal.KILL)
+
+    async def _end(self, sign: Signal) -> None:
+        life = self._life
+        if life is not None and self.phase in ENDED and not life.stop.is_set():
+            # It waits for its automatic restart, which is now off.
+            self.reason = f"asked to {sign.value} before its restart"
+            life.stop.set()
+            await life.over.wait()
+            return
+        self._command(sign)
+        assert life is not None
+        life.stop.set()
+        if sign is Signal.KILL:
+            life.kill.set()
+        await life.over.wait()
+
+    async def pause(self) -> None:
+        async with self._switching:
+            one, link = self._in(Phase.RUNNING, "pause")
+            try:
+                await link.ask("pause")
+                await self._context.scheduler.pause(self.name)
+                self._switched(one, Signal.PAUSE)
+            except BaseException:
+                await self._undo(one, Phase.RUNNING, "resume")
+                raise
+
+    async def resume(self) -> None:
+        async with self._switching:
+            one, link = self._in(Phase.PAUSED, "resume")
+            try:
+                await self._context.scheduler.resume(self.name)
+                await link.ask("resume")
+                self._switched(one, Signal.RESUME)
+            except BaseException:
+                await self._undo(one, Phase.PAUSED, "pause")
+                raise
+
+    def _in(self, phase: Phase, command: str) -> tuple[Incarnation, WorkerLink]:
+        one = self._live_one
+        if self.phase is not phase or one is None or one.link is None:
+            raise Conflict(f"{self.name} is {self.phase.value}; to {command} it, it must be {phase.value}")
+        return one, one.link
+
+    def _switched(self, one: Incarnation, sign: Signal) -> None:
+        if self._live_one is not one:
+            raise Conflict(f"{self.name} ended before it could {sign.value}; it is {self.phase.value}")
+        self._command(sign)
+
+    async def _undo(self, one: Incarnation, phase: Phase, op: Literal["pause", "resume"]) -> None:
+        """A switch half done is taken back: worker and scheduler stay what `phase` says."""
+        if self._live_one is not one or self.phase is not phase or one.link is None:
+            return
+        # The worker obeys in order: this comes after what it may still find in its socket.
+        await one.link.tell(op)
+        scheduler = self._context.scheduler
+        with trio.CancelScope(shield=True):
+            await (scheduler.pause if op == "pause" else scheduler.resume)(self.name)
+
+    async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        if op not in OPERATIONS:
+            raise Unusable(f"there is no operation {op!r}")
+        one = self._live_one
+        if one is None and op in self._legacy:
+            # A guest that has ended is read like one that runs: why it ended is often on its screen.
+            answer = self._legacy[op]
+        elif one is None or one.link is None or self.phase not in (Phase.RUNNING, Phase.PAUSED):
+            raise Conflict(f"{self.name} is {self.phase.value}; '{op}' needs a running VM")
+        else:
+            answer = await one.link.ask(op, **arguments)
+        return harmless_screen(answer) if op == "screen" else answer
+
+    # -- the life -------------------------------------------------------------------------
+
+    async def _lives(self, life: _Life) -> None:
+        attempts = 0
+        try:
+            while True:
+                began = trio.current_time()
+                await self._one_life(life)
+                again = decide_restart(
+                    self.config.restart, self.phase, asked=life.stop.is_set(), attempts=attempts,
+                    ran_s=trio.current_time() - began)
+                if again is None:
+                    return
+                attempts = again.attempts
+                self.reason = f"{self.reason}; starts again in {again.delay_s:g} s".lstrip("; ")
+                log.warning(f"{self.name} will start again in {again.delay_s:g} s", code="vm-restart",
+                            vm=self.name)
+                with trio.move_on_after(again.delay_s):
+                    await life.stop.wait()
+                if life.stop.is_set():
+                    return
+                self.restarts += 1
+                self._move(Signal.START)
+        finally:
+            life.stop.set()                    # it does not come back by itself
+            life.over.set()
+
+    async def _one_life(self, life: _Life) -> None:
+        """From `starting` to an end, whatever happens: one VM never ends the service."""
+        ending = Ending("stopped", "ended with the service", "asked")
+        try:
+            ending = await self._incarnate(life)
+        except (ServiceError, OSError) as error:
+            ending = Ending("failed", str(error), "start")
+        except Exception as error:
+            # The edge of a VM: a defect of ours ends the VM that met it, and is told in full.
+            log.error(f"{self.name} met a defect of Mixvisor", code="vm-defect", vm=self.name, exc_info=error)
+            ending = Ending("crashed", f"a defect of Mixvisor ended it: {error!r}", "defect")
+        finally:
+            self._tell_end(life, ending)
+
+    async def _incarnate(self, life: _Life) -> Ending:
+        one = Incarnation(self.spec, self.config.boot.image, self.config.progress)
+        try:
+            await one.launch(self._context.zygote)
+            self._live_one, self._logged = one, 0
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._introduce, one, life)
+                nursery.start_soon(self._obey, one, life)
+                if self._log is not None:
+                    nursery.start_soon(self._keep_log, one)
+                await one.watch()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._bury(one)
+        return one.ending or Ending("crashed", f"its worker process did not end within {BURY_SECONDS} s "
+                                    "of being killed: the kernel holds it", "worker-stuck")
+
+    async def _introduce(self, one: Incarnation, life: _Life) -> None:
+        """Wait for the guest to run, then let the scheduler have its thread."""
+        assert one.child is not None
+        progress = self.config.progress
+        try:
+            await one.wait_started()
+            if life.stop.is_set() or one.ended.is_set():
+                return
+            await self._context.scheduler.admit(VcpuThread(
+                vm=self.name, index=0, pid=one.child.pid, tid=one.child.pid, pidfd=one.child.pidfd,
+                mode=self.decision.mode, weight=self.config.weight, cap=self.config.cap / 100,
+                reservation=self.config.reservation / 100, cpus=self.cpus, status_fd=one.status_fd,
+                progress_fd=one.memory_fd if progress is not None else None, progress_offset=progress or 0))
+        except (ServiceError, OSError, ValueError) as error:
+            if one.ending is None:
+                one.ending = Ending("failed", str(error), "start")
+            one.ended.set()
+            return
+        if self.phase is Phase.STARTING:
+            self.started_unix_s = time.time()
+            self._move(Signal.STARTED)
+            life.settled.set()
+
+    async def _obey(self, one: Incarnation, life: _Life) -> None:
+        """Once its end is wanted: ask for it, then use force."""
+        await life.stop.wait()
+        # Given back to the kernel first: a VM that is owed nothing would answer late.
+        await self._context.scheduler.release(self.name)
+        with trio.move_on_after(STOP_SECONDS) as limit:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._ask_to_stop, one)
+                await life.kill.wait()
+                nursery.cancel_scope.cancel()
+        if one.ending is None:
+            text = f"did not stop within {STOP_SECONDS:g} s and was killed" if limit.cancelled_caught else "killed"
+            one.ending = Ending("stopped", text, "asked")
+        one.ended.set()
+
+    async def _ask_to_stop(self, one: Incarnation) -> None:
+        assert one.link is not None
+        try:
+            await one.link.ask("stop", seconds=STOP_SECONDS)
+        except ServiceError as error:
+            log.debug("stop was not answered", vm=self.name, error=str(error))
+
+    async def _bury(self, one: Incarnation) -> None:
+        """Whatever state the worker is in: afterwards there is none, and its counters are kept."""
+        scheduler = self._context.scheduler
+        try:
+            try:
+                await scheduler.release(self.name)
+            finally:
+                # Also where the scheduler ended under us, as it may when the service is cancelled.
+                if one.child is not None:
+                    one.child.signal(signal.SIGKILL)  # most often it has ended already
+            if one.child is not None:
+                with trio.move_on_after(BURY_SECONDS):
+                    await one.conclude()
+                self._past = self._past.plus(self._totals_of(one, scheduler.figures(self.name)))
+                self._incarnations += 1
+            if one.legacy:
+                self._legacy = one.legacy
+                await self._log_serial(one.legacy.get("serial", {}))
+        finally:
+            self._live_one = None
+            scheduler.forget(self.name)
+            one.close()
+
+    def _tell_end(self, life: _Life, ending: Ending) -> None:
+        reason = ending.reason
+        if ending.fate == "failed":
+            self._move(Signal.START_FAILED, reason)
+            log.error(f"{self.name} did not start: {reason}", code="vm-start-failed", vm=self.name)
+        elif life.kill.is_set():
+            self._move(Signal.ENDED_STOPPED, "killed")
+        elif life.stop.is_set() or ending.fate == "stopped":
+            self._move(Signal.ENDED_STOPPED, reason)
+        else:
+            self._move(Signal.ENDED_CRASHED, reason)
+            log.error(f"{self.name} crashed: {reason}", code=f"guest-{ending.code}", vm=self.name,
+                      instruction=ending.instruction, registers=ending.registers)
+        if not life.settled.is_set():
+            if ending.fate == "failed":
+                life.refusal = ServiceError(f"{self.name} did not start: {reason}")
+            elif life.stop.is_set():
+                life.refusal = Conflict(f"{self.name} was ended before it ran: {self.reason}")
+            life.settled.set()
+
+    # -- serial log -----------------------------------------------------------------------
+
+    async def _keep_log(self, one: Incarnation) -> None:
+        """Copy what the guest writes into its log, a bounded part at a time."""
+        assert one.link is not None
+        while True:
+            await trio.sleep(SERIAL_SECONDS)
+            if self.phase is not Phase.RUNNING or one.status.get("serial_bytes") == self._logged:
+                continue
+            try:
+                answer = await one.link.ask("serial", offset=self._logged)
+            except ServiceError as error:
+                log.debug("serial output was not to be had", vm=self.name, error=str(error))
+                continue
+            await self._log_serial(answer)
+
+    async def _log_serial(self, answer: dict[str, Any]) -> None:
+        """Append an answer of the operation `serial` to the log, less what is there already."""
+        if self._log is None:
+            return
+        to = self._log
+        try:
+            data = base64.b64decode(answer["data"], validate=True)
+            offset = int(answer["offset"])
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            log.debug("serial output was no serial output", vm=self.name, error=str(error))
+            return
+        end = offset + len(data)
+        data = data[max(0, self._logged - offset):]
+        self._logged = max(self._logged, end)
+        if not data:
+            return
+        complaint = await trio.to_thread.run_sync(to.append, data)
+        code = f"log-lost:{self.name}"
+        if complaint:
+            self._context.board.put(code, "warning", complaint, "free some space on that disk", (self.name,))
+        elif not to.failing:
+            self._context.board.clear(code)
+
+    # -- counters -------------------------------------------------------------------------
+
+    def _totals_of(self, one: Incarnation, figures: VcpuFigures | None) -> Totals:
+        page = one.status
+        totals = Totals(
+            halted_ns=page.get("sleeping_ns"), exit_handling_ns=page.get("exit_handling_ns"),
+            serial_bytes=page.get("serial_bytes"), serial_dropped_bytes=page.get("serial_dropped_bytes"),
+            bios_calls=page.get("bios_calls"), block_read_bytes=page.get("disk_read_bytes"),
+            block_written_bytes=page.get("disk_written_bytes"), progress=one.progress() or 0,
+            exits=page.exits.tolist())
+        if figures is not None:
+            totals.run_ns, totals.wait_ns = figures.run_ns, figures.wait_ns
+            totals.entitled_ns, totals.leak_ns = figures.entitled_ns, figures.leak_ns
+            totals.emulator_ns = figures.emulator_ns
+            totals.slices, totals.migrations = figures.slices, figures.migrations
+        return totals
+
+    def status_word(self, name: str) -> int:
+        """A word of the live worker's status page. Raises Conflict when there is none."""
+        if self._live_one is None:
+            raise Conflict(f"{self.name} is {self.phase.value}")
+        return self._live_one.status.get(name)
+
+    def snapshot(self, figures: VcpuFigures | None = None) -> VmSnapshot:
+        """The VM now; `figures` are the scheduler's, where the caller has them at hand."""
+        one = self._live_one
+        if figures is None:
+            figures = self._context.scheduler.figures(self.name)
+        total = self._past
+        if one is not None:
+            now = self._totals_of(one, figures)
+            total = now if self._incarnations == 0 else self._past.plus(now)
+        config, decision = self.config, self.decision
+        return VmSnapshot(
+            id=self.name, name=self.name, state=self.phase.value, state_reason=self.reason,
+            engine=decision.engine, mode=decision.mode, mode_rule=decision.rule, mode_reason=decision.reason,
+            os=config.os, bits=config.bits, weight=config.weight, cap_pct=config.cap,
+            reservation_pct=config.reservation, cpus=tuple(sorted(self.cpus)),
+            memory_bytes=config.memory, resident_bytes=one.resident_bytes() if one else 0,
+            pid=one.child.pid if one and one.child else None,
+            started_unix_s=self.started_unix_s if one else None, restarts=self.restarts,
+            vcpus=(VcpuSnapshot(
+                index=0, cpu=figures.cpu if figures else None, run_ns=total.run_ns, wait_ns=total.wait_ns,
+                halted_ns=total.halted_ns, migrations=total.migrations, slices=total.slices),),
+            entitled_ns=total.entitled_ns, entitled_share=figures.entitled_share if figures else 0.0,
+            lag_ns=figures.lag_ns if figures else 0, leak_ns=total.leak_ns, emulator_ns=total.emulator_ns,
+            progress=total.progress if config.progress is not None else None,
+            exits=dict(zip(EXIT_KINDS, total.exits, strict=True)), exit_handling_ns=total.exit_handling_ns,
+            serial_bytes=total.serial_bytes, serial_dropped_bytes=total.serial_dropped_bytes,
+            bios_calls=total.bios_calls, block_read_bytes=total.block_read_bytes,
+            block_written_bytes=total.block_written_bytes, console=config.console_kind)
