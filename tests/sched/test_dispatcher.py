@@ -1,0 +1,460 @@
+"""The dispatcher's step over a kernel that only remembers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixvisor.sched.dispatcher import READY, Dispatcher, Parcel, Settings
+from mixvisor.sched.linux import KINDS, Level, states_of
+from mixvisor.sched.model import Slot
+from mixvisor.sched.shared import (
+    ACTIVE,
+    NOBODY,
+    PAUSED,
+    RingReader,
+    Shared,
+)
+from mixvisor.vm.worker.status import Phase
+
+SLICE = 5_000_000
+
+
+class FakeClock:
+    def __init__(self, thread: FakeThread) -> None:
+        self._thread = thread
+
+    def read(self) -> int:
+        if self._thread.gone:
+            raise OSError(22, "gone")
+        return self._thread.ran
+
+    def close(self) -> None:
+        self._thread.closed += 1
+
+
+class FakeThread:
+    def __init__(self) -> None:
+        self.ran = 0
+        self.gone = self.stopped = False
+        self.wants = True
+        self.policy, self.priority = os.SCHED_OTHER, 0
+        self.cpus: tuple[int, ...] = (0, 1)
+        self.closed = 0
+        self.calls = 0
+
+
+class FakeKernel:
+    """Runs threads as Linux would: highest real-time priority, then OTHER, then IDLE."""
+
+    def __init__(self) -> None:
+        self.threads: dict[int, FakeThread] = {}
+
+    def _thread(self, tid: int) -> FakeThread:
+        thread = self.threads[tid]
+        if thread.gone:
+            raise ProcessLookupError
+        thread.calls += 1
+        return thread
+
+    def run_clock(self, pid: int, tid: int) -> FakeClock:
+        return FakeClock(self._thread(tid))
+
+    def set_class(self, tid: int, policy: int, parameters: os.sched_param) -> None:
+        thread = self._thread(tid)
+        thread.policy = policy & ~os.SCHED_RESET_ON_FORK
+        thread.priority = parameters.sched_priority
+
+    def set_priority(self, tid: int, parameters: os.sched_param) -> None:
+        thread = self._thread(tid)
+        assert (thread.policy == os.SCHED_FIFO) == (parameters.sched_priority > 0), "as Linux would say: EINVAL"
+        thread.priority = parameters.sched_priority
+
+    def waits(self, pid: int, tid: int) -> bool:
+        return not self._thread(tid).wants
+
+    def pin(self, tid: int, cpus: Iterable[int]) -> None:
+        self._thread(tid).cpus = tuple(cpus)
+
+    def stop(self, pid: int) -> None:
+        self._thread(pid).stopped = True
+
+    def go_on(self, pid: int) -> None:
+        self._thread(pid).stopped = False
+
+    def run(self, passed: int, cpu: int) -> None:
+        order = {os.SCHED_FIFO: 2, os.SCHED_OTHER: 1, os.SCHED_IDLE: 0}
+        ready = [t for t in self.threads.values()
+                 if t.wants and not t.stopped and not t.gone and cpu in t.cpus]
+        if ready:
+            max(ready, key=lambda t: (order[t.policy], t.priority)).ran += passed
+
+
+class Host:
+    """One host CPU: table, fake kernel, dispatcher, and a clock that only the test moves."""
+
+    def __init__(self, kind: str = "precise", cpu: int = 1, shared: Shared | None = None) -> None:
+        self.shared = shared or Shared.create([cpu], slots=16, ring_records=4096)
+        self.owns = shared is None
+        if self.owns:
+            self.shared.set("slice_ns", SLICE)
+            self.shared.set("ratelimit_ns", 0)
+            self.shared.set("guard_timeout_ns", 1 << 60)
+        self.kernel = FakeKernel()
+        self.cpu = cpu
+        self.now = 1_000
+        self.parcels: list[tuple[int, Parcel]] = []
+        self.dispatcher = Dispatcher(
+            self.shared, Settings(kind=kind, cpu=cpu, index=0, home_cpus=(0, 1)), self.kernel,
+            self, self.now)  # type: ignore[arg-type]
+        self.reader = RingReader(self.shared, 0)
+
+    def drain(self) -> Iterable[tuple[int, Parcel]]:
+        parcels, self.parcels = self.parcels, []
+        return parcels
+
+    def add(self, slot: int, rate: float, *, phase: memoryview | None = None, cap: float = 0.0,
+            mode: int = 0) -> FakeThread:
+        tid = slot + 100
+        thread = self.kernel.threads.setdefault(tid, FakeThread())
+        for name, value in (
+            ("generation", slot + 1), ("flags", ACTIVE), ("pid", tid), ("tid", tid),
+            ("mode", mode), ("want_cpu", self.cpu), ("rate", int(rate * 1e9)),
+            ("cap", int(cap * 1e9)),
+        ):
+            self.shared.slot_set(slot, name, value)
+        if phase is not None:
+            self.parcels.append((slot, Parcel(slot + 1, phase)))
+        self.shared.set("used_slots", max(self.shared.get("used_slots"), slot + 1))
+        self.shared.bump()
+        return thread
+
+    def go(self, steps: int) -> None:
+        for _ in range(steps):
+            due = self.dispatcher.step(self.now)
+            assert due is not None
+            assert due > self.now
+            self.kernel.run(due - self.now, self.cpu)
+            self.now = due
+
+    def close(self) -> None:
+        if self.owns:
+            fd = self.shared.fd
+            self.shared.close()
+            os.close(fd)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    made = Host()
+    yield made
+    made.close()
+
+
+def page(phase: Phase) -> memoryview:
+    words = memoryview(bytearray(64)).cast("Q")
+    words[1] = phase
+    return words
+
+
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=6), st.sampled_from(["precise", "gentle"]))
+@settings(max_examples=30, deadline=None)
+def test_received_time_follows_rates(weights: list[int], kind: str) -> None:
+    host = Host(kind)
+    threads = [host.add(i, w / sum(weights)) for i, w in enumerate(weights)]
+    host.go(3)
+    before, start = [t.ran for t in threads], host.now
+    host.go(600)
+    for thread, first, weight in zip(threads, before, weights, strict=True):
+        due = (host.now - start) * weight / sum(weights)
+        assert abs(thread.ran - first - due) <= 3 * SLICE
+    host.close()
+
+
+def test_every_nanosecond_that_a_thread_ran_is_billed_once(host: Host) -> None:
+    threads = [host.add(i, 0.25) for i in range(4)]
+    host.go(50)
+    threads[2].ran += 777            # behind the dispatcher's back
+    host.go(200)
+    host.dispatcher.leave(host.now)
+    for slot, thread in enumerate(threads):
+        assert host.shared.slot_get(slot, "charged_ns") == thread.ran
+
+
+def test_records_tell_who_ran_without_gaps(host: Host) -> None:
+    host.add(0, 0.5, mode=0)
+    host.add(1, 0.5, mode=1)
+    host.go(40)
+    records = [r for r in host.reader.read() if r.slot != NOBODY]
+    for one, two in itertools.pairwise(records):
+        assert one.end_ns == two.start_ns
+        assert two.previous_slot == one.slot
+    for r in records:
+        assert r.mode == r.slot
+        assert r.run_ns == r.end_ns - r.start_ns
+    assert host.reader.lost == 0
+
+
+def test_the_same_winner_again_costs_no_system_call(host: Host) -> None:
+    thread = host.add(0, 1.0)
+    host.go(3)
+    calls = thread.calls
+    host.dispatcher._edge = 1 << 62          # no breath meanwhile
+    host.go(20)
+    assert thread.calls == calls
+
+
+def test_a_sleeper_is_never_picked_while_another_is_awake(host: Host) -> None:
+    phase = page(Phase.RUNNING)
+    sleeper, busy = host.add(0, 0.9, phase=phase), host.add(1, 0.1)
+    host.go(10)
+    phase[1] = Phase.SLEEPING
+    sleeper.wants = False
+    host.go(2)
+    host.reader.read()
+    ran = busy.ran
+    start = host.now
+    host.go(30)
+    assert busy.ran - ran == host.now - start
+    assert {r.slot for r in host.reader.read()} == {1}
+    assert host.shared.slot_get(0, "awake") == 0
+
+
+def test_a_waker_runs_at_once_and_is_billed(host: Host) -> None:
+    phase = page(Phase.SLEEPING)
+    sleeper = host.add(0, 0.5, phase=phase)
+    host.add(1, 0.5)
+    sleeper.wants = False
+    host.go(5)
+    assert (sleeper.policy, sleeper.priority) == (os.SCHED_FIFO, 3)
+    sleeper.wants = True
+    phase[1] = Phase.RUNNING
+    host.kernel.run(SLICE, host.cpu)         # before the dispatcher has noticed
+    assert sleeper.ran == SLICE
+    host.now += SLICE
+    host.go(1)
+    assert host.shared.slot_get(0, "charged_ns") == SLICE
+    assert host.shared.slot_get(0, "awake") == 1
+
+
+def test_claiming_to_sleep_while_computing_gains_nothing(host: Host) -> None:
+    liar = host.add(0, 0.25, phase=page(Phase.SLEEPING))
+    honest = host.add(1, 0.75)
+    host.go(600)
+    assert liar.ran / (liar.ran + honest.ran) < 0.25 + 0.02
+
+
+def test_a_thief_that_always_wakes_gains_nothing(host: Host) -> None:
+    phase = page(Phase.SLEEPING)
+    thief, honest = host.add(0, 0.25, phase=phase), host.add(1, 0.75)
+    for _ in range(600):
+        # Sleeps whenever the dispatcher looks, computes for a fifth of each slice otherwise.
+        phase[1] = Phase.SLEEPING
+        due = host.dispatcher.step(host.now)
+        assert due is not None
+        if thief.priority == 3 or thief.policy == os.SCHED_OTHER:
+            thief.ran += (due - host.now) // 5
+            honest.ran += due - host.now - (due - host.now) // 5
+        else:
+            honest.ran += due - host.now
+        host.now = due
+    assert thief.ran / (thief.ran + honest.ran) < 0.25
+
+
+def test_an_ended_thread_is_left_alone_and_reported(host: Host) -> None:
+    one, two = host.add(0, 0.5), host.add(1, 0.5)
+    host.go(10)
+    one.gone = True
+    host.go(5)
+    ran, start = two.ran, host.now
+    host.go(10)
+    assert two.ran - ran == host.now - start
+    assert host.shared.slot_get(0, "gone") == 1
+    assert host.shared.cpu_get(0, "lost_threads") == 1
+
+
+def test_paused_is_out_of_the_race_and_comes_back(host: Host) -> None:
+    one, two = host.add(0, 0.5), host.add(1, 0.5)
+    host.go(10)
+    host.shared.slot_set(0, "flags", ACTIVE | PAUSED)
+    host.shared.bump()
+    host.go(2)
+    assert one.policy == os.SCHED_OTHER
+    one.wants = False
+    ran, start = two.ran, host.now
+    host.go(10)
+    assert two.ran - ran == host.now - start
+    one.wants = True
+    host.shared.slot_set(0, "flags", ACTIVE)
+    host.shared.bump()
+    host.go(40)
+    assert one.ran > 10 * SLICE
+
+
+def test_a_capped_vcpu_is_stopped_when_its_budget_is_used_up(host: Host) -> None:
+    one = host.add(0, 1.0, cap=0.25)
+    host.go(20)
+    ran, start = one.ran, host.now
+    host.go(400)
+    assert (one.ran - ran) / (host.now - start) == pytest.approx(0.25, abs=0.03)
+    host.dispatcher.leave(host.now)
+    assert not one.stopped
+
+
+def test_hand_over_between_cpus_loses_nothing_and_bills_nothing_twice() -> None:
+    shared = Shared.create([1, 2], slots=4, ring_records=64)
+    shared.set("slice_ns", SLICE)
+    shared.set("guard_timeout_ns", 1 << 60)
+    first, second = Host(shared=shared), Host(shared=shared, cpu=2)
+    second.dispatcher = Dispatcher(
+        shared, Settings(kind="precise", cpu=2, index=1, home_cpus=(0, 1)),
+        second.kernel, second, 1_000)  # type: ignore[arg-type]
+    thread = first.add(0, 0.5)
+    second.kernel.threads = first.kernel.threads
+    first.go(10)
+    for _ in range(5):
+        for owner, other in ((first, second), (second, first)):
+            assert shared.slot_get(0, "have_cpu") == owner.cpu
+            shared.slot_set(0, "want_cpu", other.cpu)
+            shared.bump()
+            other.go(1)
+            assert shared.slot_get(0, "have_cpu") == owner.cpu, "taken before it was let go"
+            thread.ran += 123                       # still runs meanwhile
+            owner.go(2)                                 # one of them may be a breath's edge
+            assert shared.slot_get(0, "have_cpu") == NOBODY
+            thread.ran += 456
+            other.go(3)
+            assert thread.cpus == (other.cpu,)
+    first.dispatcher.leave(first.now)
+    assert shared.slot_get(0, "charged_ns") == thread.ran
+    assert shared.slot_get(0, "migrations") == 10
+    assert thread.cpus == (0, 1)
+    fd = shared.fd
+    shared.close()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("why", ["halt", "leave", "heartbeat"])
+def test_it_leaves_and_gives_everything_back(host: Host, why: str) -> None:
+    threads = [host.add(i, 0.3) for i in range(3)]
+    host.go(20)
+    if why == "halt":
+        host.shared.set("halt", 1)
+    elif why == "leave":
+        host.shared.words[host.shared.cpu(0) + 1] = 1
+    else:
+        host.shared.set("guard_timeout_ns", 1)
+        host.now += 100_000_000
+    assert host.dispatcher.step(host.now) is None
+    host.dispatcher.leave(host.now)
+    for slot, thread in enumerate(threads):
+        assert thread.policy == os.SCHED_OTHER
+        assert thread.cpus == (0, 1)
+        assert not thread.stopped
+        assert host.shared.slot_get(slot, "have_cpu") == NOBODY
+
+
+def test_breathing_never_leaves_real_time_for_long(host: Host) -> None:
+    threads = [host.add(i, 0.3) for i in range(3)]
+    host.go(3)
+    last_breath, longest = host.now, 0
+    for _ in range(300):
+        host.go(1)
+        if all(thread.policy != os.SCHED_FIFO or thread.stopped for thread in threads):
+            last_breath = host.now
+        longest = max(longest, host.now - last_breath)
+    records = host.reader.read()
+    share = sum(r.breath_ns for r in records) / sum(r.end_ns - r.start_ns for r in records)
+    assert longest <= 20_000_000
+    assert 0.06 < share < 0.15          # the kernel's limit is 5 % away from real-time
+
+
+def to_breath(host: Host, breathing: bool) -> None:
+    for _ in range(100):
+        if host.dispatcher._breathing is breathing:
+            return
+        host.go(1)
+    pytest.fail(f"breathing never became {breathing}")
+
+
+def test_in_a_breath_only_the_picked_one_and_sleepers_go(host: Host) -> None:
+    threads = [host.add(i, 0.2) for i in range(4)]
+    dozer = host.add(4, 0.2, phase=page(Phase.SLEEPING))
+    dozer.wants = False
+    host.go(20)
+    to_breath(host, False)
+    to_breath(host, True)
+    assert sorted(thread.stopped for thread in threads) == [False, True, True, True]
+    assert [t.policy for t in threads if not t.stopped] == [os.SCHED_OTHER]
+    assert not dozer.stopped
+    to_breath(host, False)
+    assert not any(thread.stopped for thread in threads)
+    assert all(thread.policy == os.SCHED_FIFO for thread in threads)
+
+
+def test_after_a_breath_only_so_many_wait_ready_and_the_rest_are_served_all_the_same(
+    host: Host,
+) -> None:
+    count = 4 * READY
+    threads = [host.add(i, 1 / count) for i in range(count)]
+    host.go(20)
+    to_breath(host, False)
+    to_breath(host, True)
+    to_breath(host, False)
+    assert sum(thread.stopped for thread in threads) == count - 1 - READY
+    before = [thread.ran for thread in threads]
+    host.go(8 * count)
+    received = [thread.ran - first for thread, first in zip(threads, before, strict=True)]
+    assert max(received) - min(received) <= 3 * SLICE
+
+
+def test_the_end_of_a_breath_continues_neither_the_capped_nor_the_paused(host: Host) -> None:
+    capped = host.add(0, 0.9, cap=0.01)
+    paused = host.add(1, 0.05)
+    host.add(2, 0.05)
+    host.go(40)
+    host.shared.slot_set(1, "flags", ACTIVE | PAUSED)
+    host.shared.bump()
+    host.go(3)
+    for breathing in (False, True, False, True, False):
+        to_breath(host, breathing)
+        assert capped.stopped or host.dispatcher._vcpus[Slot(0)].level is not Level.HELD
+        assert (paused.policy, paused.stopped) == (os.SCHED_OTHER, False)
+    assert capped.stopped
+
+
+@pytest.mark.parametrize("why", ["leave", "taken", "paused"])
+def test_whoever_is_let_go_in_a_breath_is_not_left_stopped(host: Host, why: str) -> None:
+    threads = [host.add(i, 0.3) for i in range(3)]
+    host.go(20)
+    to_breath(host, False)
+    to_breath(host, True)
+    assert any(thread.stopped for thread in threads)
+    if why == "leave":
+        host.dispatcher.leave(host.now)
+    else:
+        for slot in range(3):
+            if why == "taken":
+                host.shared.slot_set(slot, "want_cpu", NOBODY)
+            else:
+                host.shared.slot_set(slot, "flags", ACTIVE | PAUSED)
+        host.shared.bump()
+        host.go(3)
+    assert not any(thread.stopped for thread in threads)
+    assert all(thread.policy == os.SCHED_OTHER for thread in threads)
+
+
+def test_every_level_has_a_state_in_every_kind() -> None:
+    for kind in KINDS:
+        for breathing in (False, True):
+            assert len(states_of(kind, breathing=breathing)) == len(Level)
+    assert states_of("signal")[Level.WAIT].policy is None
+    # In a breath nothing that wants the CPU is real-time and goes.
+    breath = states_of("precise", breathing=True)
+    assert breath[Level.RUN].policy == os.SCHED_OTHER
+    assert breath[Level.WAIT].stopped

@@ -1,0 +1,95 @@
+"""The KVM numbers written in abi.py are those of the kernel's header."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+from mixvisor.vm.engines.base import GPR
+from mixvisor.vm.engines.kvm import abi
+
+HEADER = pathlib.Path("/usr/include/linux/kvm.h")
+STRUCTS = {
+    "kvm_userspace_memory_region": abi.UserMemoryRegion,
+    "kvm_regs": abi.Registers,
+    "kvm_segment": abi.SegmentAbi,
+    "kvm_dtable": abi.TableAbi,
+    "kvm_sregs": abi.SpecialRegisters,
+    "kvm_cpuid_entry2": abi.CpuidEntry,
+}
+
+
+def fields(structure: type[ctypes.Structure]) -> list[str]:
+    return [name for name, *_ in structure._fields_]
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """What a C program sees in the installed header: name -> number."""
+    if not HEADER.exists():
+        pytest.skip("no <linux/kvm.h> here: install linux-libc-dev")
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    wanted: list[tuple[str, str]] = [(name, name) for name in abi.IOCTLS]
+    wanted += [("KVM_API_VERSION", "KVM_API_VERSION"),
+               ("KVM_CAP_IMMEDIATE_EXIT", "KVM_CAP_IMMEDIATE_EXIT")]
+    wanted += [(f"KVM_EXIT_{code.name}", f"KVM_EXIT_{code.name}") for code in abi.ExitCode]
+    wanted += [(f"KVM_INTERNAL_ERROR_{code.name}", f"KVM_INTERNAL_ERROR_{code.name}")
+               for code in abi.InternalError]
+    wanted += [(f"KVM_EXIT_IO_{way.name}", f"KVM_EXIT_IO_{way.name}") for way in abi.IoDirection]
+    wanted += [(f"run.{path}", f"offsetof(struct kvm_run, {path})") for path in abi.RUN_OFFSETS]
+    for name, structure in STRUCTS.items():
+        wanted.append((f"{name}", f"sizeof(struct {name})"))
+        wanted += [(f"{name}.{field}", f"offsetof(struct {name}, {field})")
+                   for field in fields(structure)]
+    wanted.append(("kvm_cpuid2.entries", "offsetof(struct kvm_cpuid2, entries)"))
+    prints = "\n".join(
+        f'printf("{name} %llu\\n", (unsigned long long)({expression}));'
+        for name, expression in wanted)
+    folder = tmp_path_factory.mktemp("abi")
+    source = folder / "abi.c"
+    source.write_text("#include <stdio.h>\n#include <stddef.h>\n#include <linux/kvm.h>\n"
+                      f"int main(void) {{\n{prints}\nreturn 0; }}\n")
+    subprocess.run([compiler, "-o", folder / "abi", source], check=True, timeout=60)
+    out = subprocess.run([folder / "abi"], check=True, capture_output=True, text=True, timeout=10)
+    return {name: int(value) for name, value in (line.split() for line in out.stdout.splitlines())}
+
+
+def test_ioctl_numbers_are_those_of_the_header(header):
+    assert {name: header[name] for name in abi.IOCTLS} == abi.IOCTLS
+    assert header["KVM_API_VERSION"] == abi.API_VERSION
+    assert header["KVM_CAP_IMMEDIATE_EXIT"] == abi.CAP_IMMEDIATE_EXIT
+
+
+def test_exit_codes_are_those_of_the_header(header):
+    assert {code.name: int(code) for code in abi.ExitCode} == {
+        code.name: header[f"KVM_EXIT_{code.name}"] for code in abi.ExitCode}
+    assert {code.name: int(code) for code in abi.InternalError} == {
+        code.name: header[f"KVM_INTERNAL_ERROR_{code.name}"] for code in abi.InternalError}
+    assert (
+        header["KVM_EXIT_IO_IN"], header["KVM_EXIT_IO_OUT"]) == (abi.IoDirection.IN, abi.IoDirection.OUT)
+
+
+def test_offsets_in_the_run_page_are_those_of_the_header(header):
+    assert {path: header[f"run.{path}"] for path in abi.RUN_OFFSETS} == abi.RUN_OFFSETS
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_structs_have_the_headers_size_and_offsets(header, name):
+    structure = STRUCTS[name]
+    assert ctypes.sizeof(structure) == header[name]
+    assert {field: getattr(structure, field).offset for field in fields(structure)} == {
+        field: header[f"{name}.{field}"] for field in fields(structure)}
+
+
+def test_the_cpuid_table_starts_where_the_header_says(header):
+    assert abi.CpuidHeader.entries.offset == header["kvm_cpuid2.entries"]
+
+
+def test_general_registers_have_the_order_of_the_engines_contract():
+    assert tuple(fields(abi.Registers)) == GPR

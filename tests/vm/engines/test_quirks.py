@@ -1,0 +1,141 @@
+"""Each defect of Unicorn that quirks.py names: that it is there, and that it does not show.
+
+The first half of a test uses bare Unicorn; when a new version mends a defect, that half fails and
+the work-around can go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+
+import pytest
+from unicorn import unicorn_const, x86_const
+from unicorn.unicorn_py3 import unicorn as binding
+
+from mixvisor.vm.engines.base import RIP, CpuState, EngineError, ExitReason
+from mixvisor.vm.engines.software import quirks
+
+
+@pytest.fixture
+def machine(make):
+    return make("software", 4 << 20)
+
+
+def bare(mode: int = unicorn_const.UC_MODE_64, code: str = ""):
+    uc = binding.Uc(unicorn_const.UC_ARCH_X86, mode)
+    uc.mem_map(0, 1 << 20)
+    uc.mem_write(0x1000, bytes.fromhex(code))
+    return uc
+
+
+def test_lost_stop(machine):
+    uc = bare(code="90 f4")
+    uc.emu_stop()
+    uc.emu_start(0x1000, 0x1001)
+    assert uc.reg_read(x86_const.UC_X86_REG_RIP) == 0x1001       # it ran: the stop was lost
+    machine.load("90 f4")
+    machine.cpu.kick()
+    assert machine.cpu.run().reason is ExitReason.KICKED
+
+
+def test_late_stop(machine):
+    uc = bare(code="e610 ffc0 ffc0 f4")
+    uc.hook_add(unicorn_const.UC_HOOK_INSN, lambda uc, *_: uc.emu_stop(), None, 1, 0,
+                x86_const.UC_X86_INS_OUT)
+    uc.emu_start(0x1000, 0xF0000)
+    assert uc.reg_read(x86_const.UC_X86_REG_RIP) > 0x1002        # the rest of the block ran
+    machine.bus.on_out = lambda *_: machine.cpu.stop()
+    machine.run("e610 40 40 f4")
+    assert machine.cpu.get_gpr()[RIP] == 0x7C02
+
+
+def test_half_registers(machine):
+    uc = bare(unicorn_const.UC_MODE_32)
+    assert uc.reg_read(x86_const.UC_X86_REG_EAX) == 0
+    machine.load("f4")
+    gpr = machine.cpu.get_gpr()
+    gpr[0] = gpr[8] = 0x1234_5678_9ABC_DEF0
+    machine.cpu.set_gpr(gpr)
+    machine.cpu.run()
+    assert machine.cpu.get_gpr()[0] == machine.cpu.get_gpr()[8] == 0x1234_5678_9ABC_DEF0
+
+
+def test_stale_code(machine):
+    machine.run("b001 f4")
+    machine.memory[0x7C01] = 2                                   # behind the engine's back
+    state = CpuState()
+    state.gpr[RIP] = 0x7C00
+    machine.cpu.set_state(state)
+    machine.cpu.run()
+    assert machine.cpu.get_gpr()[0] == 1                         # the old code ran
+    machine.cpu.memory_changed(0x7C00, 2)
+    machine.cpu.set_state(state)
+    machine.cpu.run()
+    assert machine.cpu.get_gpr()[0] == 2
+
+
+def test_the_layout_is_the_one_measured_for_this_version():
+    unicorn = quirks.Unicorn(mmap.mmap(-1, 1 << 20))
+    layout = unicorn.layout
+    assert (layout.eip, layout.hflags, layout.segments, layout.control) == (128, 176, 184, 424)
+    assert (layout.error_code, layout.old_exception) == (5384, 5496)
+
+
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(quirks, "VERSION", "2.1.5")
+    with pytest.raises(EngineError, match=r"pip install 'unicorn==2\.1\.5'"):
+        quirks.Unicorn(mmap.mmap(-1, 1 << 20))
+
+
+def test_a_cpu_that_is_not_found_is_refused(monkeypatch):
+    monkeypatch.setattr(quirks, "_read_self", lambda fd, address, length: bytes(length))
+    with pytest.raises(EngineError, match="not found"):
+        quirks.Unicorn(mmap.mmap(-1, 1 << 20))
+
+
+def test_the_cpu_is_found_on_a_heap_full_of_other_instances():
+    memory = mmap.mmap(-1, 1 << 20)
+    instances = [quirks.Unicorn(memory) for _ in range(40)]
+    assert {each.env - each.cpu for each in instances} == {quirks.CPU_TO_ENV}
+    assert len({each.cpu for each in instances}) == len(instances)
+
+
+def test_the_state_in_place_is_the_state_the_api_shows(machine):
+    unicorn = machine.cpu._unicorn
+    unicorn.words[0] = 0x1122_3344_5566_7788
+    assert unicorn.uc.reg_read(x86_const.UC_X86_REG_RAX) == 0x1122_3344_5566_7788
+    unicorn.uc.reg_write(x86_const.UC_X86_REG_R15, 99)
+    assert unicorn.words[15] == 99
+
+
+@pytest.mark.parametrize("ring", [0, 3])
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_hidden_flags_follow_from_the_state_as_unicorn_itself_computes_them(machine, bits, ring):
+    """Let the guest load CS and SS itself and compare with what `sync` makes of the result."""
+    from mixvisor.vm.engines.entry import flat_state
+    machine.poke(0x10000, b"\xF4")
+    state = flat_state(machine.memory, bits, 0x10000)
+    if ring == 3 and bits == 64:
+        # push 33; push 9000; push 2; push 2b; push 10040; iretq
+        machine.poke(0x10000, bytes.fromhex("6a33 6800900000 6a02 6a2b 6840000100 48cf"))
+        machine.poke(0x10040, bytes.fromhex("0f0b"))
+    elif bits == 32:
+        machine.poke(0x10000, bytes.fromhex("66b81000 8ed0 ea40000100 0800"))
+        machine.poke(0x10040, b"\xF4")
+    machine.cpu.set_state(state)
+    machine.cpu.run()
+    cell = ctypes.c_uint32.from_address(
+        machine.cpu._unicorn.env + machine.cpu._unicorn.layout.hflags)
+    before = cell.value
+    machine.cpu._registers.sync()
+    assert cell.value == before
+
+
+def test_exception_in_flight_is_cleared_before_every_start(machine):
+    unicorn = machine.cpu._unicorn
+    at = unicorn.layout.old_exception
+    struct.pack_into("<i", unicorn.bytes, at, 14)
+    machine.run("f4")
+    assert struct.unpack_from("<i", unicorn.bytes, at)[0] == -1
