@@ -51,14 +51,15 @@ from .rules import (
     image_findings,
 )
 
-__all__ = ["ConfigError", "HostLimits", "Problem", "check", "judge", "load"]
+__all__ = [
+    "ConfigError", "HostLimits", "Problem", "TableChecker", "check", "judge", "load", "parse",
+]
 
 FILE_MAX_BYTES: Final = 4 << 20            # no configuration is so large; /dev/zero is
 FOUND_MAX_CHARS: Final = 60
 _SECTIONS: Final[Mapping[str, type[BaseModel]]] = {
     "host": HostConfig, "scheduler": SchedulerConfig, "metrics": MetricsConfig,
 }
-_TOP_KEYS: Final = (*_SECTIONS, "vm")
 _BOOTS: Final[Mapping[str, type[BaseModel]]] = {
     "disk": DiskBoot, "flat": FlatBoot, "guest": GuestBoot,
 }
@@ -109,17 +110,23 @@ def check(path: Path | str, host: HostLimits | None = None) -> list[Problem]:
 
 
 def _read(path: Path, host: HostLimits | None) -> tuple[Config | None, list[Problem]]:
+    parsed = parse(path)
+    return (None, [parsed]) if isinstance(parsed, Problem) else judge(path, parsed[0], host, parsed[1])
+
+
+def parse(path: Path) -> tuple[dict[str, object], Mapping[Place, int]] | Problem:
+    """The tables of a TOML file and the lines of their keys, or why there are none."""
     text, problem = _text(path)
     if problem is not None:
-        return None, [problem]
+        return problem
     try:
         data: dict[str, object] = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        return None, [_syntax(path, error.lineno, f"{error.msg}, column {error.colno}")]
+        return _syntax(path, error.lineno, f"{error.msg}, column {error.colno}")
     except (RecursionError, ValueError) as error:
         # Nesting without end, or a number that int() refuses for its length.
-        return None, [_syntax(path, None, str(error) or "values nested too deeply")]
-    return judge(path, data, host, locate(text))
+        return _syntax(path, None, str(error) or "values nested too deeply")
+    return data, locate(text)
 
 
 def judge(path: Path, data: Mapping[str, object], host: HostLimits | None,
@@ -162,24 +169,84 @@ def _syntax(path: Path, line: int | None, found: str) -> Problem:
                    found=f"a syntax error: {found}", allowed="valid TOML")
 
 
-class _Checker:
+class TableChecker:
+    """The faults of one parsed file whose tables are [NAME] of `sections` and [[vm]]."""
+
+    def __init__(self, path: Path, lines: Mapping[Place, int], data: Mapping[str, object],
+                 sections: Mapping[str, type[BaseModel]]) -> None:
+        self.path = path
+        self.data = data
+        self.lines = lines
+        self.sections = sections
+        self.problems: list[Problem] = []
+        self.context = {BASE_CONTEXT: path.parent}
+
+    def unknown_tables(self) -> None:
+        known = (*self.sections, "vm")
+        for key in self.data:
+            if key not in known:
+                tables = ", ".join(f"[{section}]" for section in self.sections)
+                self.add(Finding((key,), "unknown-key", f"unknown table or key {_show(key)}",
+                                 f"{tables} and [[vm]]", _near(key, known)))
+
+    def names(self) -> dict[int, str]:
+        """The names of all [[vm]] tables that have one, the faulty included."""
+        tables = self.data.get("vm")
+        found: dict[int, str] = {}
+        for index, table in enumerate(cast("list[object]", tables)
+                                      if isinstance(tables, list) else []):
+            name = cast("dict[str, object]", table).get("name") if isinstance(table, dict) else None
+            if isinstance(name, str):
+                found[index] = name
+        return found
+
+    def validate(self, at: Place, model: type[BaseModel], table: object) -> BaseModel | None:
+        """The table as its model, or None after its faults are noted."""
+        if not isinstance(table, dict):
+            self.add(Finding(at, "not-a-table", _show(table), "a table"))
+            return None
+        try:
+            return model.model_validate(table, context=self.context)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                self.add(_finding(at, model, cast("Mapping[str, Any]", detail)))
+            return None
+
+    def add(self, finding: Finding) -> None:
+        length = 2 if finding.at[0] == "vm" else 1 if finding.at[0] in self.sections else 0
+        self.problems.append(Problem(
+            file=str(self.path), line=self.line(finding.at), table=self.table(finding.at),
+            key=".".join(_key(part) for part in finding.at[length:]),
+            code=finding.code, found=finding.found, allowed=finding.allowed,
+            suggestion=finding.suggestion))
+
+    def line(self, at: Place) -> int | None:
+        """The line of the place, or of the nearest table around it that the file has."""
+        for length in range(len(at), 0, -1):
+            if at[:length] in self.lines:
+                return self.lines[at[:length]]
+        return None
+
+    def table(self, at: Place) -> str:
+        if at[0] != "vm":
+            return f"[{at[0]}]" if at[0] in self.sections else ""
+        if len(at) < 2:
+            return "[[vm]]"
+        index = cast("int", at[1])
+        name = self.names().get(index)
+        return f"[[vm]] #{index + 1}" + ("" if name is None else f" {_show(name)}")
+
+
+class _Checker(TableChecker):
     """One pass over one parsed file."""
 
     def __init__(self, path: Path, lines: Mapping[Place, int],
                  data: Mapping[str, object]) -> None:
-        self.path = path
-        self.data = data
-        self.lines = lines
-        self.problems: list[Problem] = []
-        self.context = {BASE_CONTEXT: path.parent}
+        super().__init__(path, lines, data, _SECTIONS)
         self.faulty: dict[int, frozenset[str]] = {}      # of a [[vm]]: keys that are wrong
 
     def run(self, host: HostLimits | None) -> tuple[Config | None, list[Problem]]:
-        for key in self.data:
-            if key not in _TOP_KEYS:
-                self.add(Finding((key,), "unknown-key", f"unknown table or key {_show(key)}",
-                                 "[host], [scheduler], [metrics] and [[vm]]",
-                                 _near(key, _TOP_KEYS)))
+        self.unknown_tables()
         sections = {key: self.validate((key,), model, self.data.get(key, {}))
                     for key, model in _SECTIONS.items()}
         vms = self.vms()
@@ -246,53 +313,6 @@ class _Checker:
                 {"name": "unnamed", **rest} if at[0] == "vm" else rest, context=self.context)
         except ValidationError:
             return None            # its boot is faulty; that is told already
-
-    def names(self) -> dict[int, str]:
-        """The names of all [[vm]] tables that have one, the faulty included."""
-        tables = self.data.get("vm")
-        found: dict[int, str] = {}
-        for index, table in enumerate(cast("list[object]", tables)
-                                      if isinstance(tables, list) else []):
-            name = cast("dict[str, object]", table).get("name") if isinstance(table, dict) else None
-            if isinstance(name, str):
-                found[index] = name
-        return found
-
-    def validate(self, at: Place, model: type[BaseModel], table: object) -> BaseModel | None:
-        """The table as its model, or None after its faults are noted."""
-        if not isinstance(table, dict):
-            self.add(Finding(at, "not-a-table", _show(table), "a table"))
-            return None
-        try:
-            return model.model_validate(table, context=self.context)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                self.add(_finding(at, model, cast("Mapping[str, Any]", detail)))
-            return None
-
-    def add(self, finding: Finding) -> None:
-        length = 2 if finding.at[0] == "vm" else 1 if finding.at[0] in _SECTIONS else 0
-        self.problems.append(Problem(
-            file=str(self.path), line=self.line(finding.at), table=self.table(finding.at),
-            key=".".join(_key(part) for part in finding.at[length:]),
-            code=finding.code, found=finding.found, allowed=finding.allowed,
-            suggestion=finding.suggestion))
-
-    def line(self, at: Place) -> int | None:
-        """The line of the place, or of the nearest table around it that the file has."""
-        for length in range(len(at), 0, -1):
-            if at[:length] in self.lines:
-                return self.lines[at[:length]]
-        return None
-
-    def table(self, at: Place) -> str:
-        if at[0] != "vm":
-            return f"[{at[0]}]" if at[0] in _SECTIONS else ""
-        if len(at) < 2:
-            return "[[vm]]"
-        index = cast("int", at[1])
-        name = self.names().get(index)
-        return f"[[vm]] #{index + 1}" + ("" if name is None else f" {_show(name)}")
 
 
 def look_at(image: Path) -> ImageFacts:
