@@ -1,0 +1,107 @@
+"""The accounts of the vCPUs: what each was entitled to, what it received, what it is owed.
+
+Entitlement.  A VM is entitled to its share *of what the VMs got together*: CPU time that the
+host's other work took is nobody's debt. So entitled and received add up to the same, and lag
+has no drift. It accrues only while the VM competes.
+
+Readings come from the shared table, where dispatchers leave totals; nothing here is lost when a
+dispatcher is replaced or the policy changes. Where it is poor: figures are as old as the last
+account (a tenth of a second, or the last plan).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from .accounts import VcpuFigures, fairness
+from .shared import NOBODY
+from .table import Table, Vcpu
+
+__all__ = ["Ledger"]
+
+WINDOW: Final = 20                 # accounts that the fairness index looks back over: 2 s
+TICK_NS: Final = 5_000_000         # how old the kernel's figure for a running thread may be
+
+
+class Ledger:
+    """slice_ns: what a lag is clamped to, in both directions."""
+
+    def __init__(self, table: Table, slice_ns: int) -> None:
+        self._table = table
+        self.slice_ns = slice_ns
+        self._unspent_ns = 0.0           # received by VMs, and not yet accrued to anybody
+        self._window: deque[dict[int, tuple[int, float]]] = deque(maxlen=WINDOW)
+
+    def account(self, now: int, cpus: int) -> None:
+        """Bill what was received on *cpus* host CPUs, accrue what was due. Idempotent."""
+        table = self._table
+        due: list[tuple[Vcpu, float, int]] = []
+        for vcpu in table:
+            if not table.is_owned(vcpu):
+                continue
+            run = table.word(vcpu, "charged_ns") - table.word(vcpu, "first_run_ns")
+            awake = table.word(vcpu, "awake_ns")
+            if table.word(vcpu, "awake"):
+                awake += max(0, now - table.word(vcpu, "awake_since_ns"))
+            # Read in the midst of a change the sum may step back for once: not below what was.
+            passed = max(0, awake - vcpu.seen_awake)
+            vcpu.seen_awake += passed
+            received = max(0, run - vcpu.seen_run)
+            vcpu.seen_run += received
+            due.append((vcpu, vcpu.share * passed, received))
+        wanted = sum(entitled for _vcpu, entitled, _received in due)
+        limit = float(self.slice_ns)
+        # Bills arrive slice by slice, time passes evenly: what one look has too much of, the
+        # next one lacks, so some slices' worth is carried.
+        granted = self._unspent_ns + sum(received for _vcpu, _entitled, received in due)
+        scale = min(1.0, granted / wanted) if wanted else 0.0
+        self._unspent_ns = min(granted - wanted * scale, 4 * limit * cpus)
+        for vcpu, entitled, received in due:
+            vcpu.entitled_ns += entitled * scale
+            lag = vcpu.lag_ns + entitled * scale - received
+            vcpu.lag_ns = max(-limit, min(limit, lag))
+
+    def remember(self) -> None:
+        """One more point of the window that `fairness` looks back over."""
+        self._window.append(
+            {v.generation: (v.seen_run, v.entitled_ns) for v in self._table})
+
+    def fairness(self) -> float | None:
+        """Jain's index of received over entitled in the last two seconds."""
+        if len(self._window) < 2:
+            return None
+        old, new = self._window[0], self._window[-1]
+        both = [key for key in new if key in old]
+        return fairness([new[key][0] - old[key][0] for key in both],
+                        [round(new[key][1] - old[key][1]) for key in both])
+
+    def read_proc(self, vcpu: Vcpu) -> None:
+        """What only /proc tells: waiting time, and how much other threads of the VM ran."""
+        thread = vcpu.thread
+        try:
+            run, wait, _count = map(int, os.pread(vcpu.stat_fd, 96, 0).split())
+            several = os.stat(f"/proc/{thread.pid}/task").st_nlink > 3
+        except (OSError, ValueError):
+            return               # it has ended; the last figures stand
+        vcpu.wait_ns = wait
+        if several and thread.pid == thread.tid:
+            # A running thread's figure may be old, which must not look like emulator time.
+            emulator = self._table.word(vcpu, "charged_ns") - run - TICK_NS
+            vcpu.emulator_ns = max(vcpu.emulator_ns, emulator)
+
+    def figures(self, vcpu: Vcpu) -> VcpuFigures:
+        table = self._table
+        owned = table.is_owned(vcpu)
+        have = table.word(vcpu, "have_cpu")
+        read: Callable[[str], int] = lambda name: table.word(vcpu, name) if owned else 0  # noqa: E731
+        return VcpuFigures(
+            vm=vcpu.vm, index=vcpu.thread.index, cpu=have if have != NOBODY else None,
+            # As of the last account, as the entitlement beside it.
+            run_ns=vcpu.seen_run,
+            wait_ns=vcpu.wait_ns, entitled_ns=round(vcpu.entitled_ns), entitled_share=vcpu.share,
+            lag_ns=round(vcpu.lag_ns), leak_ns=read("leak_ns"), emulator_ns=vcpu.emulator_ns,
+            slices=read("slices"), migrations=read("migrations"), awake=bool(read("awake")),
+            paused=vcpu.paused)

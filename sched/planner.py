@@ -1,0 +1,138 @@
+"""The slow decisions, published: entitlements and placement of all vCPUs on all host CPUs.
+
+Theory.  policy/entitlement.py says what each VM should have, policy/placement.py where its vCPUs
+live for the next period and at what local rate; here their inputs are read from the table and
+their answers written to it, with the protocol by which a vCPU changes hands (shared.py).
+
+Invariant. `want_cpu` changes only while `have_cpu == want_cpu`.
+Where it is poor: a vCPU that wakes keeps its nominal rate until the next plan (30 ms).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import trio
+
+from .model import VcpuLoad, VmDemand
+from .policy.entitlement import entitle
+from .policy.placement import place
+from .shared import NOBODY, ONE_CPU
+from .table import Table, Vcpu
+
+__all__ = ["Planner"]
+
+BALANCE_S: Final = 0.03
+BALANCE_MAX_S: Final = 0.5
+BALANCE_PART: Final = 30           # of our time at most 1/30 goes into planning
+SHARES_KEPT: Final = 8
+LOWEST_RATE: Final = 1e-6
+
+
+class Planner:
+    """account: brings the ledger up to date. send_parcel: a vCPU's pages to its next CPU."""
+
+    def __init__(
+        self, table: Table, cpus: Sequence[int], *, migrate_resist_ns: int,
+        account: Callable[[], None],
+        send_parcel: Callable[[int, Vcpu], Awaitable[None]],
+    ) -> None:
+        self._table = table
+        self._cpus = tuple(cpus)
+        self._resist_ns = migrate_resist_ns
+        self._account = account
+        self._send_parcel = send_parcel
+        self._period_s = BALANCE_S
+        self._shares: dict[tuple[VmDemand, ...], dict[str, float]] = {}
+        self._dirty = False              # demands changed: plan anew
+        self._awake_seen: tuple[tuple[int, bool], ...] = ()
+
+    def demands(self, *, everyone: bool) -> list[VmDemand]:
+        """What the VMs ask for: with all their vCPUs, or those that compete now."""
+        by_vm: dict[str, list[Vcpu]] = {}
+        for vcpu in self._table:
+            if not vcpu.leaving:
+                by_vm.setdefault(vcpu.vm, []).append(vcpu)
+        return [
+            VmDemand(
+                vm=vm, weight=vcpus[0].weight, cpus=vcpus[0].cpus, cap=vcpus[0].cap,
+                reservation=vcpus[0].reservation,
+                vcpus=len(vcpus) if everyone else sum(map(self._table.competes, vcpus)))
+            for vm, vcpus in by_vm.items()]
+
+    def _entitled(self, demands: list[VmDemand]) -> dict[str, float]:
+        """`entitle`, remembered: the same demands come again and again."""
+        key = tuple(demands)
+        if key not in self._shares:
+            if len(self._shares) >= SHARES_KEPT:
+                self._shares.clear()
+            self._shares[key] = entitle(demands, self._cpus)
+        return self._shares[key]
+
+    def _who_competes(self) -> tuple[tuple[int, bool], ...]:
+        return tuple((v.generation, self._table.competes(v)) for v in self._table)
+
+    async def balance(self) -> None:
+        """Plan for ever, as often as it is of use."""
+        while True:
+            # With very many vCPUs a plan takes milliseconds: then it is made less often.
+            await trio.sleep(self._period_s)
+            if (self._dirty or len(self._cpus) > 1
+                    or self._who_competes() != self._awake_seen):
+                began = time.thread_time()
+                await self.plan()
+                took = time.thread_time() - began
+                self._period_s = max(BALANCE_S, min(BALANCE_MAX_S, took * BALANCE_PART))
+
+    async def plan(self) -> None:
+        """Entitlements and placement of now, published; parcels go ahead of their vCPUs."""
+        table = self._table
+        self._account()
+        self._dirty = False
+        vcpus = [vcpu for vcpu in table if not vcpu.leaving]
+        competing = {vcpu.slot: table.competes(vcpu) for vcpu in vcpus}
+        self._awake_seen = self._who_competes()
+        count = Counter(v.vm for v in vcpus if competing[v.slot])
+        shares = self._entitled(self.demands(everyone=False))
+        nominal = self._entitled(self.demands(everyone=True))
+        loads: list[VcpuLoad] = []
+        for vcpu in vcpus:
+            vcpu.share = shares[vcpu.vm] / count[vcpu.vm] if competing[vcpu.slot] else 0.0
+            want = table.word(vcpu, "want_cpu")
+            if competing[vcpu.slot] or want == NOBODY:
+                loads.append(VcpuLoad(
+                    slot=vcpu.slot, entitled=vcpu.share or nominal[vcpu.vm],
+                    # Placement turns lag into a higher rate for one period. On a single CPU the
+                    # run queue keeps the lag itself, and we plan only when something changes.
+                    lag_ns=round(vcpu.lag_ns) if len(self._cpus) > 1 else 0,
+                    cpus=vcpu.cpus, last_cpu=want if want != NOBODY else None,
+                    mode=vcpu.thread.mode))
+        placement = place(
+            loads, self._cpus, round(self._period_s * 1e9), migrate_resist_ns=self._resist_ns)
+        changed = False
+        moves: list[tuple[Vcpu, int]] = []
+        for vcpu in vcpus:
+            cap = round(vcpu.cap * ONE_CPU) if vcpu.cap < len(self._cpus) else 0
+            rate = placement.rate.get(vcpu.slot) or nominal[vcpu.vm]
+            for name, value in (("rate", round(max(rate, LOWEST_RATE) * ONE_CPU)), ("cap", cap)):
+                if table.word(vcpu, name) != value:
+                    table.set(vcpu, name, value)
+                    changed = True
+            want = table.word(vcpu, "want_cpu")
+            to = placement.cpu.get(vcpu.slot, want)
+            if to != want:
+                if table.word(vcpu, "have_cpu") == want:
+                    moves.append((vcpu, to))
+                else:
+                    self._dirty = True
+        for vcpu, to in moves:
+            await self._send_parcel(to, vcpu)
+            if (not vcpu.leaving and table.holds(vcpu)
+                    and table.word(vcpu, "have_cpu") == table.word(vcpu, "want_cpu")):
+                table.set(vcpu, "want_cpu", to)
+                changed = True
+        if changed or moves:
+            table.bump()
