@@ -23,7 +23,7 @@ from .policy.placement import place
 from .shared import NOBODY, ONE_CPU
 from .table import Table, Vcpu
 
-__all__ = ["Planner"]
+__all__ = ["BALANCE_MAX_S", "BALANCE_PART", "BALANCE_S", "Planner"]
 
 BALANCE_S: Final = 0.03
 BALANCE_MAX_S: Final = 0.5
@@ -45,7 +45,7 @@ class Planner:
         self._resist_ns = migrate_resist_ns
         self._account = account
         self._send_parcel = send_parcel
-        self._period_s = BALANCE_S
+        self.period_s = BALANCE_S        # until the next plan
         self._shares: dict[tuple[VmDemand, ...], dict[str, float]] = {}
         self._dirty = False              # demands changed: plan anew
         self._awake_seen: tuple[tuple[int, bool], ...] = ()
@@ -75,17 +75,21 @@ class Planner:
     def _who_competes(self) -> tuple[tuple[int, bool], ...]:
         return tuple((v.generation, self._table.competes(v)) for v in self._table)
 
+    def is_due(self) -> bool:
+        """Whether a plan now could differ from the last one."""
+        return (self._dirty or len(self._cpus) > 1
+                or self._who_competes() != self._awake_seen)
+
     async def balance(self) -> None:
         """Plan for ever, as often as it is of use."""
         while True:
             # With very many vCPUs a plan takes milliseconds: then it is made less often.
-            await trio.sleep(self._period_s)
-            if (self._dirty or len(self._cpus) > 1
-                    or self._who_competes() != self._awake_seen):
+            await trio.sleep(self.period_s)
+            if self.is_due():
                 began = time.thread_time()
                 await self.plan()
                 took = time.thread_time() - began
-                self._period_s = max(BALANCE_S, min(BALANCE_MAX_S, took * BALANCE_PART))
+                self.period_s = max(BALANCE_S, min(BALANCE_MAX_S, took * BALANCE_PART))
 
     async def plan(self) -> None:
         """Entitlements and placement of now, published; parcels go ahead of their vCPUs."""
@@ -111,7 +115,7 @@ class Planner:
                     cpus=vcpu.cpus, last_cpu=want if want != NOBODY else None,
                     mode=vcpu.thread.mode))
         placement = place(
-            loads, self._cpus, round(self._period_s * 1e9), migrate_resist_ns=self._resist_ns)
+            loads, self._cpus, round(self.period_s * 1e9), migrate_resist_ns=self._resist_ns)
         changed = False
         moves: list[tuple[Vcpu, int]] = []
         for vcpu in vcpus:
