@@ -22,7 +22,7 @@ from ..vm.modes import ModeDecision
 from .rates import CpuRate, Verdict, VmRate
 
 __all__ = [
-    "closing_view", "count", "fields_table", "live_view", "plain_line", "plan_table", "ps_table",
+    "closing_view", "count", "fields_table", "live_view", "plain_line", "plain_table", "plan_table", "ps_table",
     "top_view",
 ]
 
@@ -106,6 +106,14 @@ def _table(columns: Sequence[_Column], rows: Sequence[Sequence[Text | str]]) -> 
             overflow="ellipsis", min_width=4 if name in _FLEXIBLE else least)
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def plain_table(columns: Sequence[_Column], rows: Sequence[Sequence[Text | str]]) -> Table:
+    """A table whose last column takes what is left and wraps; for data that is no snapshot's."""
+    table = _table(columns, rows)
+    last = table.columns[-1]
+    last.no_wrap, last.min_width, last.overflow = False, len(columns[-1][0]), "fold"
     return table
 
 
