@@ -40,7 +40,7 @@ from typing import Final
 
 from ..model import Slot
 
-__all__ = ["RATELIMIT_NS", "SLICE_NS", "Runqueue"]
+__all__ = ["RATELIMIT_NS", "SLICE_NS", "Entry", "Runqueue"]
 
 SLICE_NS: Final = 5_000_000
 RATELIMIT_NS: Final = 500_000
@@ -50,12 +50,18 @@ _UNIT: Final = 1 << 30           # integer weight of rate 1.0
 _REBASE_NS: Final = float(1 << 40)
 
 
-class _Entry:
-    __slots__ = ("awake", "cap", "deadline", "lag", "parked", "slot", "tokens", "v", "weight")
+class Entry:
+    """A vCPU on a run queue; for the policies of this package only."""
 
-    def __init__(self, slot: Slot, weight: int) -> None:
+    __slots__ = (
+        "awake", "cap", "deadline", "lag", "mode", "parked", "served", "slot", "tokens", "v", "weight",
+    )
+
+    def __init__(self, slot: Slot, weight: int, mode: int) -> None:
         self.slot = slot
         self.weight = weight
+        self.mode = mode
+        self.served = 0          # when it last had the CPU, or began to want it
         self.v = 0.0
         self.deadline = 0.0
         self.lag = 0.0           # only while asleep: the lag it went to sleep with
@@ -86,13 +92,14 @@ class Runqueue:
         self._ratelimit_ns = ratelimit_ns
         self._burst = float(BURST_SLICES * slice_ns)
         self._refilled = float(min(max(ratelimit_ns, 1), slice_ns))
-        self._entries: dict[Slot, _Entry] = {}
-        self._awake: list[_Entry] = []       # by slot, so that no order of calls shows in ties
-        self._capped: list[_Entry] = []
+        self._entries: dict[Slot, Entry] = {}
+        self._awake: list[Entry] = []       # by slot, so that no order of calls shows in ties
+        self._capped: list[Entry] = []
         self._virtual = 0.0                  # V
         self._weight = 0                     # Σw of the awake
         self._current: Slot | None = None
-        self._held_ns = 0                    # since `_current` was picked
+        self._clock_ns = 0                   # what `advance` added up to
+        self._picked_at_ns = 0               # when `_current` was picked
 
     # -- who is here -------------------------------------------------------------------------
 
@@ -105,15 +112,16 @@ class Runqueue:
     def __contains__(self, slot: object) -> bool:
         return slot in self._entries
 
-    def add(self, slot: Slot, rate: float, lag_ns: int = 0) -> None:
+    def add(self, slot: Slot, rate: float, lag_ns: int = 0, mode: int = 0) -> None:
         """A vCPU comes to live here, awake, owed *lag_ns* (clamped to one slice).
 
+        *mode* is a small number for its virtualization mode; this policy does not look at it.
         On an empty queue the lag is dropped: nobody is there to owe it.
         Raises ValueError if it is here already or the rate is not positive.
         """
         if slot in self._entries:
             raise ValueError(f"slot {slot} is on this run queue already: remove it first")
-        entry = _Entry(slot, _weight(rate))
+        entry = Entry(slot, _weight(rate), mode)
         self._entries[slot] = entry
         self._join(entry, lag_ns)
 
@@ -168,7 +176,7 @@ class Runqueue:
         """
         if elapsed_ns < 0:
             raise ValueError(f"elapsed_ns must be >= 0, got {elapsed_ns}")
-        self._held_ns += elapsed_ns
+        self._clock_ns += elapsed_ns
         for entry in self._capped:
             tokens = entry.tokens + elapsed_ns * entry.cap
             entry.tokens = tokens if tokens < self._burst else self._burst
@@ -272,13 +280,13 @@ class Runqueue:
         if now is not None:
             if not now.awake or now.parked:
                 now = None
-            elif current == self._current and self._held_ns < self._ratelimit_ns:
+            elif current == self._current and self._clock_ns - self._picked_at_ns < self._ratelimit_ns:
                 return current
         if not self._weight:
             return None
         same = 1.0 / self._weight        # one nanosecond of service: less is rounding
         eligible = self._virtual + same
-        best: _Entry | None = None
+        best: Entry | None = None
         earliest = float("inf")
         for entry in self._awake:
             if entry.deadline < earliest and entry.v <= eligible and not entry.parked:
@@ -307,22 +315,22 @@ class Runqueue:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _entry(self, slot: Slot) -> _Entry:
+    def _entry(self, slot: Slot) -> Entry:
         try:
             return self._entries[slot]
         except KeyError:
             raise ValueError(f"slot {slot} is not on this run queue: add it first") from None
 
-    def _started(self, entry: _Entry | None) -> Slot | None:
+    def _started(self, entry: Entry | None) -> Slot | None:
         slot = None if entry is None else entry.slot
         if slot != self._current:
             self._current = slot
-            self._held_ns = 0
+            self._picked_at_ns = self._clock_ns
         return slot
 
-    def _least_ahead(self, now: _Entry | None) -> _Entry | None:
+    def _least_ahead(self, now: Entry | None) -> Entry | None:
         """Nobody is eligible, parked vCPUs hold what is owed: uncapped first, by deadline."""
-        best: _Entry | None = None
+        best: Entry | None = None
         for entry in self._awake:
             if not entry.parked and (
                 best is None
@@ -333,11 +341,11 @@ class Runqueue:
             return now if now.cap == 0.0 or best.cap > 0.0 else best
         return best
 
-    def _set_v(self, entry: _Entry, v: float) -> None:
+    def _set_v(self, entry: Entry, v: float) -> None:
         entry.v = v
         entry.deadline = v + self._slice_ns / entry.weight
 
-    def _join(self, entry: _Entry, lag: float) -> None:
+    def _join(self, entry: Entry, lag: float) -> None:
         limit = float(self._slice_ns)
         lag = max(-limit, min(limit, float(lag)))
         if self._weight:
@@ -347,10 +355,11 @@ class Runqueue:
             self._set_v(entry, self._virtual)
         self._weight += entry.weight
         entry.awake = True
+        entry.served = self._clock_ns
         self._awake.append(entry)
         self._awake.sort(key=_slot_of)
 
-    def _leave(self, entry: _Entry) -> None:
+    def _leave(self, entry: Entry) -> None:
         entry.lag = entry.weight * (self._virtual - entry.v)
         entry.awake = False
         self._awake.remove(entry)
@@ -358,7 +367,7 @@ class Runqueue:
         if self._weight:
             self._virtual += entry.lag / self._weight
 
-    def _forfeit(self, entry: _Entry) -> None:
+    def _forfeit(self, entry: Entry) -> None:
         """A parked vCPU cannot use more than a slice of what it is owed: the rest is shared."""
         excess = entry.weight * (self._virtual - entry.v) - self._slice_ns
         if excess > 0.0:
@@ -373,7 +382,7 @@ class Runqueue:
         self._virtual = 0.0
 
 
-def _slot_of(entry: _Entry) -> Slot:
+def _slot_of(entry: Entry) -> Slot:
     return entry.slot
 
 

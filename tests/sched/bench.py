@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -29,6 +29,7 @@ class Task:
     cpus: frozenset[int] | None = None
     cap: float = 0.0
     script: Sequence[tuple[int, int]] = ()
+    mode: int = 0
     ran: int = 0
     entitled: float = 0.0          # ∫ e dt while awake, ns
     lag: float = 0.0
@@ -45,12 +46,13 @@ class Bench:
     def __init__(
         self, tasks: Sequence[Task], cpus: int = 1, *, slice_ns: int = 5 * MS,
         ratelimit_ns: int = 0, period_ns: int = 40 * MS, jitter_ns: int = 0, seed: int = 0,
+        queue: Callable[[int, int], Runqueue] = Runqueue,
     ) -> None:
         self.tasks = list(tasks)
         self.cpus = range(cpus)
         self.slice_ns, self.period_ns, self.jitter_ns = slice_ns, period_ns, jitter_ns
         self.random = random.Random(seed)
-        self.queues = [Runqueue(slice_ns, ratelimit_ns) for _ in self.cpus]
+        self.queues = [queue(slice_ns, ratelimit_ns) for _ in self.cpus]
         self.current: list[Slot | None] = [None] * cpus
         self.since = [0] * cpus
         self.generation = [0] * cpus
@@ -216,7 +218,7 @@ class Bench:
             task.moves += 1
             if self.current[task.cpu] == slot:
                 self.current[task.cpu] = None
-        self.queues[cpu].add(slot, rate, lag)
+        self.queues[cpu].add(slot, rate, lag, task.mode)
         if task.cap:
             self.queues[cpu].set_cap(slot, task.cap, budget)
         task.cpu = cpu
