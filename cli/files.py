@@ -47,14 +47,15 @@ def check(file: Path, output: str) -> None:
     from ..config.load import check as problems_of
     from ..config.load import load
     from ..vm.host import HostFacts
-    from ..vm.modes import ModeDecision, ModeRefusal, mixing_warning, plan
+    from ..vm.mixing import mixing_warnings
+    from ..vm.modes import ModeDecision, ModeRefusal, plan
 
     facts = HostFacts.read()
     problems = problems_of(file, _limits(facts))
     answers = {} if problems else plan(load(file, _limits(facts)).vms, facts.modes)
     refused = [answer for answer in answers.values() if isinstance(answer, ModeRefusal)]
     decided = {vm: answer for vm, answer in answers.items() if isinstance(answer, ModeDecision)}
-    mixing = mixing_warning({vm: decision.mode for vm, decision in decided.items()}, facts.technology)
+    warnings = mixing_warnings({vm: decision.mode for vm, decision in decided.items()}, facts.technology)
     good = not problems and not refused
     if output == "json":
         print_json({
@@ -62,7 +63,7 @@ def check(file: Path, output: str) -> None:
             "problems": [asdict(problem) for problem in problems],
             "refused": [asdict(refusal) for refusal in refused],
             "plan": [{"vm": vm, **asdict(decision)} for vm, decision in decided.items()],
-            "warnings": [asdict(mixing)] if mixing else [],
+            "warnings": [asdict(warning) for warning in warnings],
         })
     elif good:
         click.echo(f"{file} can be used: {len(decided)} VM{'s'[:len(decided) != 1]}."
@@ -70,8 +71,8 @@ def check(file: Path, output: str) -> None:
         if decided:
             from .tables import plan_table
             print_table(plan_table(decided))
-        if mixing:
-            notice(f"{mixing.message} {mixing.advice}".rstrip())
+        for warning in warnings:
+            notice(f"{warning.message} {warning.advice}".rstrip())
     else:
         for problem in (*problems, *refused):
             notice(str(problem))

@@ -37,7 +37,8 @@ from ..sched.supervisor import DispatchRefused, Scheduler
 from ..vm.guests import BUILTIN, pokes
 from ..vm.host import HostFacts
 from ..vm.lifecycle import Phase
-from ..vm.modes import Mode, ModeDecision, ModeRefusal, mixing_warning, plan
+from ..vm.mixing import MIXED_CODES, mixing_warnings
+from ..vm.modes import Mode, ModeDecision, ModeRefusal, plan
 from ..vm.worker.protocol import WorkerSpec
 from .backend import Action, NotFound, ServiceError, Unusable
 from .children import open_zygote
@@ -268,11 +269,13 @@ class Service:
         self._cached = None
         running: dict[str, Mode] = {
             m.name: m.decision.mode for m in self._machines.values() if m.phase is Phase.RUNNING}
-        text = mixing_warning(running, self.facts.technology)
-        if text is None:
-            self.board.clear("mixed-modes")
-        else:
-            self.board.put(text.code, text.severity, text.message, text.advice, text.vms)
+        said = {text.code: text for text in mixing_warnings(running, self.facts.technology)}
+        for code in MIXED_CODES:
+            text = said.get(code)
+            if text is None:
+                self.board.clear(code)
+            else:
+                self.board.put(text.code, text.severity, text.message, text.advice, text.vms)
 
     # -- Backend --------------------------------------------------------------------------
 

@@ -15,27 +15,35 @@ What the file says explicitly is never bent: `hardware` without a usable /dev/kv
 a rule of the manual gets a note (Unicorn runs 64-bit guests well). Falling back to software for a
 guest that needs hardware happens only with `fallback = true`, and its rule says so.
 
+The plan.  Each VM has two candidate modes. What stands against a mode is of two kinds: a *barrier*
+(no engine of that mode can run the guest, or the host has no such mode), which nothing lifts, and a
+*rule* (the file names the other mode; the manual says that the guest needs hardware). A VM with one
+mode left is bound to it; one with none is refused; one with both is flexible. The flexible ones
+take the mode that all bound ones have. Where the bound ones mix already, the same question is asked
+once more of each group of VMs that can meet on a core: there, too, nothing mixes that need not.
+
 Invariants.  Pure: the same set and host give the same plan, whatever the order of the VMs. Every VM
-gets exactly one of a decision and a refusal. No refusal of one VM changes the mode of another,
-except that a refused VM binds nobody. Rule codes are stable: they are labels and JSON.
+gets exactly one of a decision and a refusal, with the other mode and why not. No refusal of one VM
+changes the mode of another, except that a refused VM binds nobody. Rule codes are stable: they are
+labels and JSON.
 
 Poor at: engines here are micro-VMs, so more than one vCPU and other architectures are refused until
-an engine can run them (ENGINE_LIMITS is the one place that says so).
+an engine can run them (ENGINE_LIMITS is the one place that says so). A flexible VM that can meet
+bound VMs of both modes takes the quicker one; that another choice would mix with fewer is not weighed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..config.model import GIB, MIB, VmConfig, format_size
 
 __all__ = [
-    "ENGINE_LIMITS", "MIXED_MODES", "RULES", "Alternative", "EngineLimit", "MixingWarning", "Mode",
-    "ModeDecision", "ModeHost", "ModeRefusal", "Rule", "Technology", "guest_system",
-    "mixing_warning", "plan", "rules_table",
+    "ENGINE_LIMITS", "RULES", "Alternative", "EngineLimit", "Mode", "ModeDecision", "ModeHost", "ModeRefusal",
+    "Rule", "Technology", "guest_system", "plan", "rules_table",
 ]
 
 Mode = Literal["software", "hardware"]
@@ -44,7 +52,6 @@ Technology = Literal["vt-x", "amd-v", "pvm", "none"]
 
 ENGINE_OF: Final[Mapping[Mode, EngineName]] = {"hardware": "kvm", "software": "software"}
 MODE_OF: Final[Mapping[EngineName, Mode]] = {"kvm": "hardware", "software": "software"}
-MIXED_MODES: Final = "mixed-modes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class ModeHost:
     kvm_usable: bool
     why_not: str = ""          # a sentence without its full stop: why KVM cannot be used
     remedy: str = ""           # what to do about it
+    long_mode: bool = True     # hardware VMs may be 64-bit
+    cores: tuple[tuple[int, ...], ...] = ()     # host CPUs that are threads of one core, core by core
 
     @property
     def hardware(self) -> bool:
@@ -78,10 +87,14 @@ ENGINE_LIMITS: Final[Mapping[EngineName, EngineLimit]] = {
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """The mode not taken, and why."""
+    """A mode not taken: `rule` (a key of RULES) refused it, and why. `possible`: the host and an
+    engine could run the VM so, if the file said so.
+    """
 
     mode: Mode
+    rule: str
     why: str
+    possible: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,7 @@ class ModeRefusal:
     rule: str
     reason: str
     remedy: str
+    alternatives: tuple[Alternative, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.vm}: {self.reason} {self.remedy}".rstrip()
@@ -138,10 +152,11 @@ RULES: Final[Mapping[str, Rule]] = {rule.code: rule for rule in (
     Rule("fallback", "software", "A guest that needs hardware runs in software where the host has "
          "none and the file says fallback = true.", _OURS),
     Rule("avoid-mixing", "either", "A guest that can run in both modes takes the one that keeps "
-         "the whole set in one mode.", _MANUAL),
+         "the whole set in one mode; where the others mix already, the VMs that it can meet on a core.", _MANUAL),
     Rule("default", "either", "Where nothing decides: hardware, except under PVM, which emulates "
          "16 and 32-bit guests more slowly than software does.", _OURS),
     Rule("engine-limit", "refused", "No engine of this version can run the guest.", _OURS),
+    Rule("host-32-bit", "refused", "A 64-bit guest in hardware mode needs a 64-bit CPU under a 64-bit kernel.", _OURS),
     Rule("no-kvm", "refused", "Hardware was asked for or is needed, and KVM cannot be used.",
          _OURS),
     Rule("contradiction", "refused", "The engine that is named has not the mode that is named.",
@@ -204,25 +219,71 @@ def _needs_hardware(vm: VmConfig) -> list[tuple[str, str]]:
 
 # ---- the plan -------------------------------------------------------------------------------
 
-def plan(vms: Iterable[VmConfig], host: ModeHost) -> dict[str, ModeDecision | ModeRefusal]:
+_OTHER: Final[Mapping[Mode, Mode]] = {"hardware": "software", "software": "hardware"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Barrier:
+    """Why a VM cannot run in a mode, whatever the file says. `why` is no whole sentence."""
+
+    rule: str
+    why: str
+    remedy: str
+
+
+def plan(
+    vms: Iterable[VmConfig], host: ModeHost, limits: Mapping[EngineName, EngineLimit] = ENGINE_LIMITS,
+) -> dict[str, ModeDecision | ModeRefusal]:
     """Decide every VM of the set, by name and in the order given.
 
     `vms` is the whole set of a configuration: what is flexible depends on the others.
     """
     members = list(vms)
-    bound = {vm.name: _bound(vm, host) for vm in members}
-    taken: set[Mode] = {
-        answer.mode for answer in bound.values() if isinstance(answer, ModeDecision)}
-    return {
-        vm.name: answer if (answer := bound[vm.name]) is not None else _flexible(host, taken)
-        for vm in members
-    }
+    answers = {vm.name: _bound(vm, host, limits) for vm in members}
+    flexible = [vm for vm in members if answers[vm.name] is None]
+    taken = _modes_of(answers, members)
+    if len(taken) < 2:
+        answers |= {vm.name: _flexible(host, taken, "the other VMs of this file") for vm in flexible}
+    else:
+        running = [vm for vm in members if not isinstance(answers[vm.name], ModeRefusal)]
+        for group in _groups(running, host.cores):
+            inside = _modes_of(answers, group)
+            answers |= {vm.name: _flexible(host, inside or taken, "the VMs that it can meet on a core")
+                        for vm in group if answers[vm.name] is None}
+    return {name: answer for name, answer in answers.items() if answer is not None}
 
 
-def _bound(vm: VmConfig, host: ModeHost) -> ModeDecision | ModeRefusal | None:
+def _modes_of(
+    answers: Mapping[str, ModeDecision | ModeRefusal | None], vms: Iterable[VmConfig],
+) -> set[Mode]:
+    decided = (answers[vm.name] for vm in vms)
+    return {answer.mode for answer in decided if isinstance(answer, ModeDecision)}
+
+
+def _groups(vms: Sequence[VmConfig], cores: Iterable[tuple[int, ...]]) -> list[list[VmConfig]]:
+    """The VMs that can meet on a core, directly or by way of others. Without `cpus` a VM may run anywhere."""
+    core_of = {cpu: core for core in cores for cpu in core}
+    groups: list[tuple[set[int] | None, list[VmConfig]]] = []      # None: every core
+    for vm in vms:
+        reach: set[int] | None = None if vm.cpus is None else {min(core_of.get(cpu, (cpu,))) for cpu in vm.cpus}
+        members = [vm]
+        apart: list[tuple[set[int] | None, list[VmConfig]]] = []
+        for other, inside in groups:
+            if reach is None or other is None or reach & other:
+                reach = None if reach is None or other is None else reach | other
+                members = inside + members
+            else:
+                apart.append((other, inside))
+        groups = [*apart, (reach, members)]
+    return [members for _, members in groups]
+
+
+def _bound(
+    vm: VmConfig, host: ModeHost, limits: Mapping[EngineName, EngineLimit],
+) -> ModeDecision | ModeRefusal | None:
     """The decision that does not depend on other VMs; None for a flexible guest."""
     asked: Mode | None = None if vm.mode == "auto" else vm.mode
-    rule = "explicit"
+    rule, said = "explicit", f'mode = "{vm.mode}"'
     if vm.engine != "auto":
         of_engine = MODE_OF[vm.engine]
         if asked is not None and asked != of_engine:
@@ -231,98 +292,119 @@ def _bound(vm: VmConfig, host: ModeHost) -> ModeDecision | ModeRefusal | None:
                 f'engine = "{vm.engine}" runs in {of_engine} mode, and mode = "{asked}" is asked.',
                 f'Write mode = "{of_engine}", or leave out one of the two.')
         if asked is None:
-            asked, rule = of_engine, "engine"
-    refusal = _engine_limit(vm, asked)
-    if refusal is not None:
-        return refusal
-    needs = _needs_hardware(vm)
-    if asked == "hardware":
-        if not host.hardware:
-            return _no_kvm(vm, host, "hardware mode is asked for", "")
-        return _decision("hardware", rule, f'The file says {_said(vm)}.',
-                         Alternative("software", f"the file says {_said(vm)}"))
-    if asked == "software":
-        notes = tuple(
-            f"By the manual {why}; the file asks for software, and this engine can run it."
-            for _, why in needs)
-        return _decision("software", rule, f'The file says {_said(vm)}.',
-                         Alternative("hardware", f"the file says {_said(vm)}"), notes)
+            asked, rule, said = of_engine, "engine", f'engine = "{vm.engine}"'
+    barriers: dict[Mode, _Barrier | None] = {
+        "hardware": _hardware_barrier(vm, host, limits["kvm"]), "software": _software_barrier(vm, limits["software"])}
+    # The manual's rules are about guests for this processor; another's can only be emulated.
+    needs = _needs_hardware(vm) if vm.arch in limits["kvm"].architectures else []
+    if asked is not None:
+        return _asked(vm, asked, rule, said, barriers, needs)
+    no_hardware, no_software = barriers["hardware"], barriers["software"]
     if needs:
         code, why = needs[0]
-        every = " and ".join(text for _, text in needs)
-        if host.hardware:
-            return _decision("hardware", code, f"{_capital(every)}.", Alternative("software", why))
-        if vm.fallback:
+        if no_hardware is None:
+            every = " and ".join(text for _, text in needs)
+            return _decision("hardware", code, f"{_capital(every)}.", _alternative("software", no_software, code, why))
+        if vm.fallback and no_software is None:
             return _decision(
                 "software", "fallback",
-                f"{_capital(why)}, but {host.why_not or 'the host has none'}; the file allows "
-                "software instead (fallback = true).",
-                Alternative("hardware", host.why_not or "the host has none"))
-        return _no_kvm(vm, host, why, "or allow software with fallback = true.")
+                f"{_capital(why)}, but {no_hardware.why}; the file allows software instead (fallback = true).",
+                _alternative("hardware", no_hardware, "", ""))
+        otherwise = "or allow software with fallback = true." if no_software is None else ""
+        return _refusal(vm, no_hardware, why, otherwise,
+                        (_alternative("hardware", no_hardware, "", ""),
+                         _alternative("software", no_software, code, why)))
+    if no_hardware is None and no_software is None:
+        return None
+    if no_software is None and no_hardware is not None:
+        code = "no-hardware" if no_hardware.rule == "no-kvm" else no_hardware.rule
+        return _decision("software", code, f"{_capital(no_hardware.why)}: only software is possible.",
+                         _alternative("hardware", no_hardware, "", ""))
+    if no_hardware is None and no_software is not None:
+        return _decision("hardware", no_software.rule, f"{_capital(no_software.why)}: only hardware is possible.",
+                         _alternative("software", no_software, "", ""))
+    # What stands against both modes is told by the one that more hosts could lift: software's.
+    assert no_software is not None
+    return _refusal(vm, no_software, "", "", (_alternative("hardware", no_hardware, "", ""),
+                                              _alternative("software", no_software, "", "")))
+
+
+def _asked(
+    vm: VmConfig, asked: Mode, rule: str, said: str, barriers: Mapping[Mode, _Barrier | None],
+    needs: Sequence[tuple[str, str]],
+) -> ModeDecision | ModeRefusal:
+    """What the file names is honoured or refused."""
+    other = _OTHER[asked]
+    refused = _alternative(other, barriers[other], rule, f"the file says {said}")
+    barrier = barriers[asked]
+    if barrier is not None:
+        return _refusal(vm, barrier, f"{asked} mode is asked for", "",
+                        (_alternative(asked, barrier, "", ""), refused))
+    notes = tuple(f"By the manual {why}; the file asks for software, and this engine can run it."
+                  for _, why in needs) if asked == "software" else ()
+    return _decision(asked, rule, f"The file says {said}.", refused, notes)
+
+
+def _hardware_barrier(vm: VmConfig, host: ModeHost, limit: EngineLimit) -> _Barrier | None:
+    if vm.arch not in limit.architectures:
+        return _Barrier("foreign-arch", f"a guest for {vm.arch} cannot run in hardware mode on an x86 host",
+                        "It needs software emulation.")
+    if vm.vcpus > limit.vcpus:
+        return _Barrier("engine-limit", f"{vm.vcpus} vCPUs are asked for and {limit.about}",
+                        f"Write vcpus = {limit.vcpus}{' or less' if limit.vcpus > 1 else ''}.")
     if not host.hardware:
-        return _decision(
-            "software", "no-hardware",
-            f"{_capital(host.why_not or 'this host has no hardware virtualization')}: only "
-            "software is possible.",
-            Alternative("hardware", host.why_not or "the host has none"))
+        return _Barrier("no-kvm", host.why_not or "this host has no hardware virtualization",
+                        host.remedy or "Use a host that has it.")
+    if vm.bits == 64 and not host.long_mode:
+        return _Barrier("host-32-bit", "this host is 32-bit and cannot run 64-bit guests in hardware mode",
+                        "Use a 64-bit host.")
     return None
 
 
-def _said(vm: VmConfig) -> str:
-    return f'mode = "{vm.mode}"' if vm.mode != "auto" else f'engine = "{vm.engine}"'
-
-
-def _engine_limit(vm: VmConfig, asked: Mode | None) -> ModeRefusal | None:
-    """Refused where no engine that may be taken can run it; the same limits in both modes now."""
-    modes: tuple[Mode, ...] = ("hardware", "software") if asked is None else (asked,)
-    limits = [ENGINE_LIMITS[ENGINE_OF[mode]] for mode in modes]
-    if not any(vm.arch in limit.architectures for limit in limits):
-        if asked == "hardware":
-            return ModeRefusal(
-                vm.name, "foreign-arch",
-                f"A guest for {vm.arch} cannot run in hardware mode on an x86 host.",
-                "It needs software emulation, which no engine of this version has for it.")
-        return ModeRefusal(
-            vm.name, "foreign-arch",
-            f"A guest for {vm.arch} needs software emulation of that architecture, which no "
-            "engine of this version has.",
-            "Only x86 guests run.")
-    if not any(vm.vcpus <= limit.vcpus for limit in limits):
-        return ModeRefusal(
-            vm.name, "engine-limit",
-            f"{vm.vcpus} vCPUs are asked for; {' and '.join(limit.about for limit in limits)}.",
-            "Write vcpus = 1.")
+def _software_barrier(vm: VmConfig, limit: EngineLimit) -> _Barrier | None:
+    if vm.arch not in limit.architectures:
+        return _Barrier("foreign-arch", f"a guest for {vm.arch} needs software emulation of that architecture, which "
+                        "no engine of this version has", "Only x86 guests run.")
+    if vm.vcpus > limit.vcpus:
+        return _Barrier("engine-limit", f"{vm.vcpus} vCPUs are asked for and {limit.about}",
+                        f"Write vcpus = {limit.vcpus}{' or less' if limit.vcpus > 1 else ''}.")
     return None
 
 
-def _no_kvm(vm: VmConfig, host: ModeHost, why: str, otherwise: str) -> ModeRefusal:
-    because = host.why_not or "this host has no hardware virtualization"
-    remedy = f"{host.remedy.rstrip('.') or 'Use a host that has it'}{',' if otherwise else '.'}"
-    return ModeRefusal(vm.name, "no-kvm", f"{_capital(why)}, but {because}.",
-                       f"{remedy} {otherwise}".rstrip())
+def _alternative(mode: Mode, barrier: _Barrier | None, rule: str, why: str) -> Alternative:
+    """The mode not taken: for the barrier where there is one, else for `rule`."""
+    if barrier is not None:
+        return Alternative(mode, barrier.rule, barrier.why, False)
+    return Alternative(mode, rule, why, True)
 
 
-def _flexible(host: ModeHost, taken: set[Mode]) -> ModeDecision:
-    """A guest that can run in both modes, beside VMs that are bound to the modes in `taken`."""
+def _refusal(
+    vm: VmConfig, barrier: _Barrier, wanted: str, otherwise: str, alternatives: tuple[Alternative, ...],
+) -> ModeRefusal:
+    reason = f"{wanted}, but {barrier.why}" if wanted else barrier.why
+    remedy = f"{barrier.remedy.rstrip('.')}, {otherwise}" if otherwise else barrier.remedy
+    return ModeRefusal(vm.name, barrier.rule, f"{_capital(reason)}.", remedy, alternatives)
+
+
+def _flexible(host: ModeHost, taken: set[Mode], who: str) -> ModeDecision:
+    """A guest that can run in both modes, beside `who` that are bound to the modes in `taken`."""
     if len(taken) == 1:
         (mode,) = taken
-        other: Mode = "software" if mode == "hardware" else "hardware"
         return _decision(
             mode, "avoid-mixing",
-            f"It can run in both modes; the other VMs of this file are bound to {mode}, and not "
-            "mixing is the recommendation.",
-            Alternative(other, "it would mix the modes"))
+            f"It can run in both modes; {who} are bound to {mode}, and not mixing is the recommendation.",
+            Alternative(_OTHER[mode], "avoid-mixing", "it would mix the modes", True))
     beside = "both modes are in use already" if taken else "nothing asks for one"
     if host.technology == "pvm":
         return _decision(
             "software", "default",
             f"It can run in both modes and {beside}; PVM emulates 16 and 32-bit guests, and "
             "software is quicker at that.",
-            Alternative("hardware", "PVM emulates 16 and 32-bit guests instruction by instruction"))
+            Alternative("hardware", "default", "PVM emulates 16 and 32-bit guests instruction by instruction", True))
     return _decision(
         "hardware", "default",
         f"It can run in both modes and {beside}; hardware is quicker.",
-        Alternative("software", "hardware is quicker"))
+        Alternative("software", "default", "hardware is quicker", True))
 
 
 def _decision(mode: Mode, rule: str, reason: str, alternative: Alternative,
@@ -332,53 +414,3 @@ def _decision(mode: Mode, rule: str, reason: str, alternative: Alternative,
 
 def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
-
-
-# ---- the warning ----------------------------------------------------------------------------
-
-@dataclass(frozen=True, slots=True)
-class MixingWarning:
-    """Said while software and hardware VMs run together. `code` is stable."""
-
-    code: str
-    severity: Literal["info", "warning"]
-    message: str
-    advice: str
-    vms: tuple[str, ...]
-
-
-def mixing_warning(
-    running: Mapping[str, Mode], technology: Technology,
-) -> MixingWarning | None:
-    """What to say about the VMs that run now (name -> mode); None while one mode has the host.
-
-    Source: the manual's chapter 10.3. The rule is about VT-x; on AMD-V it is waived by the book,
-    and about PVM the book is silent.
-    """
-    software = sorted(name for name, mode in running.items() if mode == "software")
-    hardware = sorted(name for name, mode in running.items() if mode == "hardware")
-    if not software or not hardware:
-        return None
-    together = (f"Software ({', '.join(software)}) and hardware ({', '.join(hardware)}) VMs run "
-                "together")
-    vms = (*software, *hardware)
-    if technology == "vt-x":
-        return MixingWarning(
-            MIXED_MODES, "warning",
-            f"{together} on VT-x: a small performance penalty is in certain cases unavoidable.",
-            "Where maximum performance matters, do not mix the modes: give all VMs one mode, or "
-            "run the two kinds on different hosts.", vms)
-    if technology == "amd-v":
-        return MixingWarning(
-            MIXED_MODES, "info",
-            f"{together} on AMD-V: the manual's warning about mixing does not apply here.",
-            "Nothing needs to be done.", vms)
-    if technology == "pvm":
-        return MixingWarning(
-            MIXED_MODES, "info",
-            f"{together} on PVM (KVM without VT-x or AMD-V): the manual's rule says nothing about "
-            "it.", "Only a measurement on this host can say what mixing costs.", vms)
-    return MixingWarning(
-        MIXED_MODES, "info",
-        f"{together}, although no hardware virtualization was found on this host.",
-        "Look at `mixvisor host`: what was found has changed since the VMs started.", vms)

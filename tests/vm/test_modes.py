@@ -1,7 +1,9 @@
-"""The manual's rules, the plan for the whole set, and the warning."""
+"""The manual's rules and the plan for the whole set."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ from mixvisor.config.model import VmConfig
 from mixvisor.vm.modes import (
     ENGINE_LIMITS,
     RULES,
+    EngineLimit,
+    Mode,
     ModeDecision,
     ModeHost,
     ModeRefusal,
     guest_system,
-    mixing_warning,
     plan,
     rules_table,
 )
@@ -26,7 +29,11 @@ AMDV = ModeHost("amd-v", True)
 PVM = ModeHost("pvm", True)
 NONE = ModeHost("none", False, "this host's CPU offers no hardware virtualization", "Enable it.")
 LOCKED = ModeHost("vt-x", False, "this user may not open /dev/kvm", "Join the group kvm.")
-HOSTS = (VTX, AMDV, PVM, NONE, LOCKED)
+OLD = ModeHost("vt-x", True, long_mode=False)
+SMT = ModeHost("vt-x", True, cores=((0, 4), (1, 5), (2, 6), (3, 7)))
+HOSTS = (VTX, AMDV, PVM, NONE, LOCKED, OLD, SMT)
+BIG = {"kvm": EngineLimit(8, frozenset({"x86"}), "the kvm engine runs eight vCPUs"),
+       "software": EngineLimit(4, frozenset({"x86", "arm"}), "the software engine runs four vCPUs")}
 
 
 def vm(name: str = "a", **keys: Any) -> VmConfig:
@@ -143,6 +150,7 @@ def any_vm(name: str) -> st.SearchStrategy[VmConfig]:
         engine=st.sampled_from(["auto", "auto", "kvm", "software"]),
         fallback=st.booleans(), bits=st.sampled_from([16, 32, 64]),
         vcpus=st.sampled_from([1, 1, 2]), arch=st.sampled_from(["x86", "x86", "arm"]),
+        cpus=st.sampled_from([None, None, "0", "1", "2", "4", "0,1", "5", "9"]),
         os=st.sampled_from(["dos", "windows-10", "OS/2 Warp 4"]))
 
 
@@ -179,12 +187,122 @@ def test_every_vm_gets_an_answer_that_it_and_the_host_can_live_with(
             assert member.fallback
 
 
+# ---- against brute force ---------------------------------------------------------------------
+
+def may_run_in(member: VmConfig, host: ModeHost, limits: Any) -> set[Mode]:
+    """The modes that the issue's rules leave to a VM, said once more and in another way."""
+    def able(mode: Mode) -> bool:
+        limit = limits["kvm" if mode == "hardware" else "software"]
+        has = mode == "software" or (host.hardware and (host.long_mode or member.bits != 64))
+        return has and member.vcpus <= limit.vcpus and member.arch in limit.architectures
+
+    both: tuple[Mode, Mode] = ("hardware", "software")
+    modes = {mode for mode in both if able(mode)}
+    named = {"kvm": "hardware", "software": "software"}.get(member.engine, member.mode)
+    if member.mode not in ("auto", named):
+        return set()
+    if named != "auto":
+        return modes & {named}                                    # type: ignore[arg-type]
+    needs = member.arch == "x86" and (
+        member.bits == 64 or member.vcpus > 1 or guest_system(member.os) is not None)
+    if needs and "hardware" in modes:
+        return {"hardware"}
+    return modes if not needs or member.fallback else set()
+
+
+def mixed(modes: Iterable[str]) -> bool:
+    return len(set(modes)) > 1
+
+
+def groups(vms: Sequence[VmConfig], host: ModeHost) -> list[set[str]]:
+    """Names of VMs that can meet on a core, directly or by way of others: by flooding."""
+    core = {cpu: index for index, threads in enumerate(host.cores) for cpu in threads}
+    reach = {vm.name: None if vm.cpus is None else {core.get(cpu, -cpu) for cpu in vm.cpus} for vm in vms}
+
+    def meet(a: set[int] | None, b: set[int] | None) -> bool:
+        return a is None or b is None or bool(a & b)
+
+    left, found = {vm.name for vm in vms}, []
+    while left:
+        group = {left.pop()}
+        while more := {name for name in left if any(meet(reach[name], reach[own]) for own in group)}:
+            group |= more
+            left -= more
+        found.append(group)
+    return found
+
+
+@pytest.mark.parametrize("limits", [ENGINE_LIMITS, BIG], ids=["these-engines", "bigger-engines"])
+@given(vms=SETS, host=st.sampled_from(HOSTS))
+def test_auto_never_mixes_where_a_plan_without_mixing_exists(
+        limits: Any, vms: tuple[VmConfig, ...], host: ModeHost) -> None:
+    answers = plan(vms, host, limits)
+    free = {member.name: may_run_in(member, host, limits) for member in vms}
+    running = [member for member in vms if free[member.name]]
+    chosen = {name: answer.mode for name, answer in answers.items() if isinstance(answer, ModeDecision)}
+    assert set(chosen) == {member.name for member in running}
+    assert all(mode in free[name] for name, mode in chosen.items())
+    every = [dict(zip(chosen, modes, strict=True)) for modes in product(*(sorted(free[name]) for name in chosen))]
+    least = min((mixed(assignment.values()) for assignment in every), default=False)
+    assert mixed(chosen.values()) == least
+    if least:
+        for group in groups(running, host):
+            best = min(mixed(assignment[name] for name in group) for assignment in every)
+            assert mixed(chosen[name] for name in group) == best
+
+
 @given(SETS, st.sampled_from(HOSTS))
-def test_flexible_guests_never_cause_mixing(vms: tuple[VmConfig, ...], host: ModeHost) -> None:
-    decisions = [answer for answer in plan(vms, host).values() if isinstance(answer, ModeDecision)]
-    bound = {answer.mode for answer in decisions if answer.rule not in ("default", "avoid-mixing")}
-    if len(bound) < 2:
-        assert len({answer.mode for answer in decisions}) <= 1
+def test_every_vm_carries_the_mode_it_did_not_get_and_why(
+        vms: tuple[VmConfig, ...], host: ModeHost) -> None:
+    for member in vms:
+        answer = plan(vms, host)[member.name]
+        if isinstance(answer, ModeRefusal):
+            assert answer.rule == "contradiction" or {a.mode for a in answer.alternatives} == {"hardware", "software"}
+        else:
+            (other,) = answer.alternatives
+            assert other.mode != answer.mode
+        for other in answer.alternatives:
+            assert other.rule in RULES
+            assert other.why
+            assert not other.why.endswith(".")
+            if other.possible:        # writing that mode into the file would be honoured
+                honoured = one_of(member, host, other.mode)
+                assert isinstance(honoured, ModeDecision)
+
+
+def one_of(member: VmConfig, host: ModeHost, mode: Mode) -> ModeDecision | ModeRefusal:
+    return plan([member.model_copy(update={"mode": mode, "engine": "auto"})], host)[member.name]
+
+
+def test_where_modes_mix_already_a_flexible_guest_follows_the_vms_it_can_meet() -> None:
+    vms = [vm("soft", mode="software", cpus="1"), vm("hard", mode="hardware", cpus="2"),
+           vm("beside-soft", cpus="5"), vm("beside-hard", cpus="2,6"), vm("alone", cpus="3"), ]
+    assert decided(SMT, *vms) == {
+        "soft": ("software", "explicit"), "hard": ("hardware", "explicit"),
+        "beside-soft": ("software", "avoid-mixing"), "beside-hard": ("hardware", "avoid-mixing"),
+        "alone": ("hardware", "default")}
+    assert decided(SMT, *vms, vm("anywhere"))["beside-soft"] == ("hardware", "default")
+
+
+def test_a_32_bit_host_runs_64_bit_guests_in_software_only() -> None:
+    assert decided(OLD, vm(bits=64)) == {"a": ("refused", "host-32-bit")}
+    assert decided(OLD, vm(bits=64, mode="hardware")) == {"a": ("refused", "host-32-bit")}
+    assert decided(OLD, vm(bits=64, fallback=True)) == {"a": ("software", "fallback")}
+    assert decided(OLD, vm(bits=32)) == {"a": ("hardware", "default")}
+
+
+def test_an_engine_that_can_do_more_gets_what_only_it_can_do() -> None:
+    def asked(**keys: Any) -> tuple[str, str]:
+        answer = plan([vm(**keys)], VTX, BIG)["a"]
+        return (answer.mode if isinstance(answer, ModeDecision) else "refused", answer.rule)
+
+    assert asked(arch="arm") == ("software", "foreign-arch")
+    assert asked(arch="arm", bits=64) == ("software", "foreign-arch")
+    assert asked(arch="arm", mode="hardware") == ("refused", "foreign-arch")
+    assert asked(vcpus=4) == ("hardware", "smp")
+    assert asked(vcpus=4, mode="software") == ("software", "explicit")
+    assert asked(vcpus=8, mode="software") == ("refused", "engine-limit")
+    assert asked(vcpus=9) == ("refused", "engine-limit")
 
 
 # ---- guest systems ---------------------------------------------------------------------------
@@ -215,28 +333,3 @@ def test_what_is_not_listed_needs_no_hardware(name: str) -> None:
 def test_the_table_of_rules_has_every_rule() -> None:
     table = rules_table()
     assert all(f"`{code}`" in table for code in RULES)
-
-
-# ---- the warning -----------------------------------------------------------------------------
-
-def test_one_mode_alone_is_no_reason_to_warn() -> None:
-    for running in ({}, {"a": "software"}, {"a": "hardware", "b": "hardware"}):
-        assert mixing_warning(running, "vt-x") is None  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("technology", "severity", "words"), [
-    ("vt-x", "warning", "penalty"), ("amd-v", "info", "does not apply"),
-    ("pvm", "info", "says nothing"),
-])
-def test_mixing_is_worded_by_what_the_host_is(technology: Any, severity: str, words: str) -> None:
-    warning = mixing_warning({"s": "software", "h": "hardware"}, technology)
-    assert warning is not None
-    assert (warning.code, warning.severity) == ("mixed-modes", severity)
-    assert words in warning.message
-    assert warning.vms == ("s", "h")
-
-
-def test_on_vt_x_the_advice_is_not_to_mix_where_performance_matters() -> None:
-    warning = mixing_warning({"s": "software", "h": "hardware"}, "vt-x")
-    assert warning is not None
-    assert "do not mix" in warning.advice
