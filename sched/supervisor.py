@@ -28,6 +28,7 @@ from .ledger import Ledger
 from .model import VmDemand
 from .planner import Planner
 from .policy.entitlement import admit
+from .recorder import FlightRecorder, PackedRecording
 from .shared import ACTIVE, MODES, NOBODY, PAUSED, Shared
 from .table import Table, Vcpu, VcpuThread
 
@@ -74,6 +75,7 @@ class Scheduler:
         self._planner = Planner(
             self._table, self._cpus, migrate_resist_ns=migrate_resist_ns,
             account=self._account, send_parcel=self._crew.send_parcel)
+        self._recorder = FlightRecorder(self._cpus)
         self._past: dict[str, VcpuFigures] = {}
         self._final: SchedulerStatistics | None = None     # after `run` has ended
 
@@ -142,7 +144,7 @@ class Scheduler:
         if refusal is not None:
             raise AdmissionRefused(refusal)
         try:
-            table.put(thread)
+            self._recorder.name(table.put(thread).generation, thread.vm)
         except OSError as error:
             raise AdmissionRefused(f"VM {thread.vm!r}: its process has ended") from error
         self._past.pop(thread.vm, None)
@@ -245,8 +247,16 @@ class Scheduler:
     def _account(self) -> None:
         """Fold the rings of the host CPUs, and bring the ledger up to now."""
         for host in self._crew.hosts.values():
-            host.account.fold(host.reader.read())
+            records = host.reader.read()
+            host.account.fold(records)
+            self._recorder.note(host.cpu, records)
         self._ledger.account(time.monotonic_ns(), len(self._cpus))
+
+    def recording(self, reason: str, seconds: float | None = None) -> PackedRecording:
+        """The slices of the last `seconds` (None: all that are kept), the newest included."""
+        if self._shared is not None:
+            self._account()
+        return self._recorder.copy(time.monotonic_ns(), reason, seconds)
 
     async def _account_forever(self) -> None:
         slow = 0.0
