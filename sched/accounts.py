@@ -77,6 +77,7 @@ class VcpuFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStatistics:
+    policy: str                 # the one in force
     dispatch: str
     dispatch_reason: str
     fairness: float | None      # Jain's index over the last window, None: nothing competed

@@ -89,8 +89,9 @@ class Crew:
         self._warn = warn
         self._guard: Process | None = None
         self.hosts: dict[int, Host] = {}
-        self.kind = "plain"
-        self.reason = "not started yet"
+        self._kind = "plain"
+        self._reason = "not started yet"
+        self._to_kernel = False
         self.guard_state = "absent"
         self.errors: Counter[str] = Counter()
         self.closing = False
@@ -100,6 +101,18 @@ class Crew:
         assert self._table.shared is not None
         return self._table.shared
 
+    @property
+    def kind(self) -> str:
+        """The dispatch kind in force."""
+        return "plain" if self._to_kernel else self._kind
+
+    @property
+    def reason(self) -> str:
+        """Why that kind, in plain words."""
+        if self._to_kernel:
+            return "asked for by the policy kernel: the kernel schedules the VMs, by nice levels"
+        return self._reason
+
     # -- all of them -------------------------------------------------------------------------
 
     async def choose(self) -> None:
@@ -107,7 +120,7 @@ class Crew:
         for index, cpu in enumerate(self._cpus):
             self.hosts[cpu] = Host(index, cpu, CpuAccount(cpu), RingReader(self._shared, index))
         self._beat()
-        self.kind, self.reason = await self._choose()
+        self._kind, self._reason = await self._choose()
 
     async def muster(self, nursery: trio.Nursery) -> None:
         """Guard and dispatchers, running and watched."""
@@ -141,6 +154,19 @@ class Crew:
             await _bury(self._guard)
             self._guard = None
         self.guard_state = "absent"
+
+    def leave_to_kernel(self, wanted: bool) -> None:
+        """Let the kernel alone schedule, or no longer: dispatchers of the other sort take over."""
+        if wanted != self._to_kernel:
+            self._to_kernel = wanted
+            self._tell_to_leave()
+
+    def follow(self, epoch: int) -> bool:
+        """Whether every dispatcher has seen *epoch*, and none is about to be replaced."""
+        shared = self._shared
+        return all(
+            host.process is not None and not shared.cpu_get(host.index, "leave")
+            and shared.cpu_get(host.index, "seen_epoch") >= epoch for host in self.hosts.values())
 
     def _tell_to_leave(self) -> None:
         shared = self._shared
@@ -233,9 +259,9 @@ class Crew:
             fired = shared.get("fired_ns") != 0
             self.guard_state = "fired" if fired else "absent"
             self.errors["guard_fired" if fired else "guard_lost"] += 1
-            if self.kind == "precise":
-                self.kind = "gentle"
-                self.reason = (
+            if self._kind == "precise":
+                self._kind = "gentle"
+                self._reason = (
                     "fell back from precise: the supervisor was stuck and the guard gave the VMs'"
                     " threads back" if fired else
                     "fell back from precise: the guard process ended, nobody watched for a moment")

@@ -2,7 +2,9 @@
 
 Theory.  policy/entitlement.py says what each VM should have, policy/placement.py where its vCPUs
 live for the next period and at what local rate; here their inputs are read from the table and
-their answers written to it, with the protocol by which a vCPU changes hands (shared.py).
+their answers written to it, with the protocol by which a vCPU changes hands (shared.py). Under a
+policy that partitions, policy/partition.py narrows the VMs' affinities first. Under one that does
+not dispatch, a vCPU only has a CPU that keeps its account, and stays there.
 
 Invariant. `want_cpu` changes only while `have_cpu == want_cpu`.
 Where it is poor: a vCPU that wakes keeps its nominal rate until the next plan (30 ms).
@@ -12,14 +14,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import trio
 
 from .model import VcpuLoad, VmDemand
-from .policy.entitlement import entitle
-from .policy.placement import place
+from .policy import Partition, Policy, Split, Tenant, cores_of, entitle, place
 from .shared import NOBODY, ONE_CPU
 from .table import Table, Vcpu
 
@@ -33,16 +34,23 @@ LOWEST_RATE: Final = 1e-6
 
 
 class Planner:
-    """account: brings the ledger up to date. send_parcel: a vCPU's pages to its next CPU."""
+    """siblings: the SMT siblings of each host CPU, where known. account: brings the ledger up to
+    date. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without.
+    """
 
     def __init__(
-        self, table: Table, cpus: Sequence[int], *, migrate_resist_ns: int,
+        self, table: Table, cpus: Sequence[int], policy: Policy, *, migrate_resist_ns: int,
+        siblings: Mapping[int, frozenset[int]],
         account: Callable[[], None],
         send_parcel: Callable[[int, Vcpu], Awaitable[None]],
+        split: Callable[[Split | None], None],
     ) -> None:
         self._table = table
         self._cpus = tuple(cpus)
-        self._resist_ns = migrate_resist_ns
+        self.migrate_resist_ns = migrate_resist_ns
+        self._cores = cores_of(self._cpus, siblings)
+        self._tell_split = split
+        self.adopt(policy)
         self._account = account
         self._send_parcel = send_parcel
         self.period_s = BALANCE_S        # until the next plan
@@ -50,15 +58,43 @@ class Planner:
         self._dirty = False              # demands changed: plan anew
         self._awake_seen: tuple[tuple[int, bool], ...] = ()
 
-    def demands(self, *, everyone: bool) -> list[VmDemand]:
-        """What the VMs ask for: with all their vCPUs, or those that compete now."""
+    def adopt(self, policy: Policy) -> None:
+        """Plan by *policy* from now on."""
+        self._policy = policy
+        self._partition = Partition(self._cores) if policy.partitions else None
+        self._split: Split | None = None
+        self._split_ns = time.monotonic_ns()
+
+    def _confined(self, vcpu: Vcpu) -> frozenset[int]:
+        """The host CPUs that it may use, under the partition if there is one."""
+        if self._split is None:
+            return vcpu.cpus
+        return self._split.confine(vcpu.vm, vcpu.thread.mode, vcpu.cpus & frozenset(self._cpus))
+
+    def _divide(self) -> None:
+        """The partition of now, by what the VMs were entitled to without one."""
+        if self._partition is not None:
+            free = self._entitled(self.demands(everyone=False, confined=False))
+            now = time.monotonic_ns()
+            tenants = {v.vm: Tenant(
+                vm=v.vm, mode=v.thread.mode, cpus=v.cpus, demand=free[v.vm],
+                reservation=v.reservation) for v in self._table if not v.leaving}
+            self._split = self._partition.update(list(tenants.values()), now - self._split_ns)
+            self._split_ns = now
+        self._tell_split(self._split)
+
+    def demands(self, *, everyone: bool, confined: bool = True) -> list[VmDemand]:
+        """What the VMs ask for: with all their vCPUs, or those that compete now; on the host CPUs
+        that the partition leaves them, or on all of their affinity.
+        """
         by_vm: dict[str, list[Vcpu]] = {}
         for vcpu in self._table:
             if not vcpu.leaving:
                 by_vm.setdefault(vcpu.vm, []).append(vcpu)
         return [
             VmDemand(
-                vm=vm, weight=vcpus[0].weight, cpus=vcpus[0].cpus, cap=vcpus[0].cap,
+                vm=vm, weight=vcpus[0].weight,
+                cpus=self._confined(vcpus[0]) if confined else vcpus[0].cpus, cap=vcpus[0].cap,
                 reservation=vcpus[0].reservation,
                 vcpus=len(vcpus) if everyone else sum(map(self._table.competes, vcpus)))
             for vm, vcpus in by_vm.items()]
@@ -99,6 +135,7 @@ class Planner:
         vcpus = [vcpu for vcpu in table if not vcpu.leaving]
         competing = {vcpu.slot: table.competes(vcpu) for vcpu in vcpus}
         self._awake_seen = self._who_competes()
+        self._divide()
         count = Counter(v.vm for v in vcpus if competing[v.slot])
         shares = self._entitled(self.demands(everyone=False))
         nominal = self._entitled(self.demands(everyone=True))
@@ -106,16 +143,16 @@ class Planner:
         for vcpu in vcpus:
             vcpu.share = shares[vcpu.vm] / count[vcpu.vm] if competing[vcpu.slot] else 0.0
             want = table.word(vcpu, "want_cpu")
-            if competing[vcpu.slot] or want == NOBODY:
+            if want == NOBODY or (competing[vcpu.slot] and self._policy.dispatches):
                 loads.append(VcpuLoad(
                     slot=vcpu.slot, entitled=vcpu.share or nominal[vcpu.vm],
                     # Placement turns lag into a higher rate for one period. On a single CPU the
                     # run queue keeps the lag itself, and we plan only when something changes.
                     lag_ns=round(vcpu.lag_ns) if len(self._cpus) > 1 else 0,
-                    cpus=vcpu.cpus, last_cpu=want if want != NOBODY else None,
+                    cpus=self._confined(vcpu), last_cpu=want if want != NOBODY else None,
                     mode=vcpu.thread.mode))
         placement = place(
-            loads, self._cpus, round(self.period_s * 1e9), migrate_resist_ns=self._resist_ns)
+            loads, self._cpus, round(self.period_s * 1e9), migrate_resist_ns=self.migrate_resist_ns)
         changed = False
         moves: list[tuple[Vcpu, int]] = []
         for vcpu in vcpus:

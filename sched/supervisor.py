@@ -16,20 +16,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import trio
 
 from . import linux
 from .accounts import CpuFigures, SchedulerStatistics, VcpuFigures
+from .baseline import Baseline
 from .crew import Crew, DispatchRefused, Host, Process, Spawn, Warn, until
 from .ledger import Ledger
 from .model import VmDemand
 from .planner import Planner
-from .policy.entitlement import admit
+from .policy import POLICIES, Batching, Split, admit
 from .recorder import FlightRecorder, PackedRecording
-from .shared import ACTIVE, MODES, NOBODY, PAUSED, Shared
+from .shared import ACTIVE, HEADER, MODES, NOBODY, PAUSED, Shared
 from .table import Table, Vcpu, VcpuThread
 
 __all__ = [
@@ -40,6 +42,7 @@ ACCOUNT_S: Final = 0.1
 SLOW_S: Final = 1.0                # what is read from /proc
 GUARD_TIMEOUT_NS: Final = 1_000_000_000
 ANSWER_S: Final = 0.6              # a dispatcher that has not answered by then is replaced
+CHANGE_S: Final = 2.0              # until all dispatchers follow another policy
 
 
 class AdmissionRefused(ValueError):
@@ -50,31 +53,43 @@ class Scheduler:
     """Shares host CPUs among vCPU threads. `await nursery.start(scheduler.run)` first.
 
     cpus: host CPUs that VMs may use. dispatch: auto or one of linux.KINDS. spawn: makes
-    processes (service/children.py). warn: told what an operator should know.
+    processes (service/children.py). warn: told what an operator should know; unwarn: the code of
+    what is no longer so. policy: one of policy.POLICIES. siblings: SMT siblings of each host CPU.
     """
 
     def __init__(
         self, *, cpus: Sequence[int], spawn: Spawn, dispatch: str = "auto",
         slice_ns: int = 5_000_000, ratelimit_ns: int = 500_000,
         migrate_resist_ns: int = 500_000, warn: Warn | None = None,
-        guard_timeout_ns: int = GUARD_TIMEOUT_NS,
+        unwarn: Callable[[str], None] | None = None,
+        guard_timeout_ns: int = GUARD_TIMEOUT_NS, policy: str = "fair",
+        batching: Batching | None = None, siblings: Mapping[int, frozenset[int]] | None = None,
     ) -> None:
         if not cpus:
             raise ValueError("a scheduler needs at least one host CPU")
         if dispatch != "auto" and dispatch not in linux.KINDS:
             raise ValueError(f"unknown dispatch kind {dispatch!r}: auto, {', '.join(linux.KINDS)}")
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}: {', '.join(POLICIES)}")
         self._cpus = tuple(sorted(set(cpus)))
+        self._policy = POLICIES[policy]
+        self._batching = batching or Batching()
+        self._warn = warn or (lambda code, severity, message, advice: None)
+        self._unwarn = unwarn or (lambda code: None)
+        self._changing = trio.Lock()                       # one change of policy at a time
         self._slice_ns = slice_ns
         self._ratelimit_ns = min(ratelimit_ns, slice_ns)
         self._guard_timeout_ns = guard_timeout_ns
         self._table = Table(sorted({*range(os.cpu_count() or 1), *self._cpus}))
         self._crew = Crew(
-            self._table, self._cpus, dispatch=dispatch, spawn=spawn,
-            warn=warn or (lambda code, severity, message, advice: None))
+            self._table, self._cpus, dispatch=dispatch, spawn=spawn, warn=self._warn)
+        self._crew.leave_to_kernel(not self._policy.dispatches)
+        self._baseline = Baseline(self._table, self._cpus, self._warn, self._unwarn)
         self._ledger = Ledger(self._table, slice_ns)
         self._planner = Planner(
-            self._table, self._cpus, migrate_resist_ns=migrate_resist_ns,
-            account=self._account, send_parcel=self._crew.send_parcel)
+            self._table, self._cpus, self._policy, migrate_resist_ns=migrate_resist_ns,
+            siblings=siblings or {}, account=self._account,
+            send_parcel=self._crew.send_parcel, split=self._tell_split)
         self._recorder = FlightRecorder(self._cpus)
         self._past: dict[str, VcpuFigures] = {}
         self._final: SchedulerStatistics | None = None     # after `run` has ended
@@ -94,8 +109,7 @@ class Scheduler:
         shared = self._table.open(self._cpus)
         try:
             shared.set("supervisor_pid", os.getpid())
-            shared.set("slice_ns", self._slice_ns)
-            shared.set("ratelimit_ns", self._ratelimit_ns)
+            self._publish(shared)
             shared.set("guard_timeout_ns", self._guard_timeout_ns)
             await self._crew.choose()
             async with trio.open_nursery() as nursery:
@@ -115,6 +129,7 @@ class Scheduler:
 
     async def _close(self) -> None:
         self._account()
+        self._baseline.withdraw()
         await self._crew.dismiss_dispatchers()
         # Dispatchers gave back what they had; this is for those that could not.
         for vcpu in list(self._table):
@@ -137,7 +152,8 @@ class Scheduler:
         if table.full:
             raise AdmissionRefused(
                 f"VM {thread.vm!r}: all {shared.slots} places of the scheduler's table are taken")
-        others = [d for d in self._planner.demands(everyone=True) if d.vm != thread.vm]
+        others = [d for d in self._planner.demands(everyone=True, confined=False)
+                  if d.vm != thread.vm]
         refusal = admit([*others, VmDemand(
             vm=thread.vm, weight=thread.weight, vcpus=thread.index + 1, cpus=thread.cpus,
             cap=thread.cap, reservation=thread.reservation)], self._cpus)
@@ -211,36 +227,90 @@ class Scheduler:
 
     async def set_parameters(
         self, vm: str, *, weight: int | None = None, cap: float | None = None,
-        reservation: float | None = None,
+        reservation: float | None = None, cpus: frozenset[int] | None = None,
     ) -> None:
         """Change a scheduled VM's parameters. Raises AdmissionRefused, and changes nothing then."""
         mine = self._table.of(vm)
-        if not mine:
+        if not mine or self._closing:
             raise AdmissionRefused(f"VM {vm!r} is not scheduled")
-        before = [(v.weight, v.cap, v.reservation) for v in mine]
-        for vcpu in mine:
-            vcpu.weight = vcpu.weight if weight is None else weight
-            vcpu.cap = vcpu.cap if cap is None else cap
-            vcpu.reservation = vcpu.reservation if reservation is None else reservation
-        refusal = admit(self._planner.demands(everyone=True), self._cpus)
+        was = mine[0]
+        weight = was.weight if weight is None else weight
+        cap = was.cap if cap is None else cap
+        reservation = was.reservation if reservation is None else reservation
+        cpus = was.cpus if cpus is None else cpus
+        refusal = admit([
+            replace(d, weight=weight, cap=cap, reservation=reservation, cpus=cpus)
+            if d.vm == vm else d
+            for d in self._planner.demands(everyone=True, confined=False)], self._cpus)
         if refusal is not None:
-            for vcpu, (old_weight, old_cap, old_reservation) in zip(mine, before, strict=True):
-                vcpu.weight, vcpu.cap, vcpu.reservation = old_weight, old_cap, old_reservation
             raise AdmissionRefused(refusal)
+        for vcpu in mine:
+            vcpu.weight, vcpu.cap, vcpu.reservation, vcpu.cpus = weight, cap, reservation, cpus
         await self._plan()
 
-    async def set_slice(self, slice_ns: int) -> None:
-        """Change the length of a slice while running."""
-        self._slice_ns = self._ledger.slice_ns = slice_ns
-        self._ratelimit_ns = min(self._ratelimit_ns, slice_ns)
-        if self._shared is not None:
-            self._shared.set("ratelimit_ns", self._ratelimit_ns)
-            self._shared.set("slice_ns", slice_ns)
-            self._shared.bump()
+    async def set_policy(
+        self, policy: str, *, batching: Batching | None = None, slice_ns: int | None = None,
+        ratelimit_ns: int | None = None, migrate_resist_ns: int | None = None,
+    ) -> None:
+        """Schedule by *policy* from now on, with these settings where given; returns when every
+        dispatcher does. VMs run on meanwhile, and every account goes on. Raises ValueError.
+        """
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}: {', '.join(POLICIES)}")
+        async with self._changing:
+            self._policy = POLICIES[policy]
+            self._batching = batching or self._batching
+            self._slice_ns = self._ledger.slice_ns = slice_ns or self._slice_ns
+            self._ratelimit_ns = min(
+                self._ratelimit_ns if ratelimit_ns is None else ratelimit_ns, self._slice_ns)
+            if migrate_resist_ns is not None:
+                self._planner.migrate_resist_ns = migrate_resist_ns
+            self._planner.adopt(self._policy)
+            shared = self._shared
+            if shared is None or self._closing:
+                self._crew.leave_to_kernel(not self._policy.dispatches)
+                return
+            if self._policy.dispatches:
+                self._baseline.withdraw()
+            self._publish(shared)
+            self._crew.leave_to_kernel(not self._policy.dispatches)
+            epoch = shared.bump()
+            with trio.move_on_after(CHANGE_S):
+                await until(lambda: self._closing or self._crew.follow(epoch))
+            await self._plan()
+
+    def _publish(self, shared: Shared) -> None:
+        """What dispatchers need to know of policy and settings."""
+        for name, value in (
+            ("slice_ns", self._slice_ns), ("ratelimit_ns", self._ratelimit_ns),
+            ("policy", tuple(POLICIES).index(self._policy.name)),
+            ("mode_batch_ns", self._batching.batch_ns),
+            ("mode_wait_max_ns", self._batching.wait_max_ns),
+            ("mode_budget_ns", self._batching.budget_ns),
+        ):
+            if name in HEADER:
+                shared.set(name, value)
 
     async def _plan(self) -> None:
         if self._shared is not None and not self._closing:
             await self._planner.plan()
+            self._follow_kernel()
+
+    def _follow_kernel(self) -> None:
+        if not self._policy.dispatches and not self._closing:
+            self._baseline.apply()
+
+    def _tell_split(self, split: Split | None) -> None:
+        """What an operator should know of a partition that cannot keep modes apart."""
+        if split is None or not split.meeting:
+            self._unwarn("modes-meet")
+        else:
+            self._warn(
+                "modes-meet", "info",
+                "the policy partition cannot keep the modes apart for "
+                f"{', '.join(split.meeting)}: on what they may use there is no core for their mode"
+                " alone; where modes meet a CPU changes modes as under batch",
+                "let VMs use more cores ([host] cpus, cpus of the VM), or choose another policy")
 
     # -- accounts ----------------------------------------------------------------------------
 
@@ -263,6 +333,7 @@ class Scheduler:
         while True:
             await trio.sleep(ACCOUNT_S)
             self._account()
+            self._follow_kernel()
             self._ledger.remember()
             slow += ACCOUNT_S
             if slow >= SLOW_S:
@@ -288,14 +359,14 @@ class Scheduler:
         shared, crew = self._shared, self._crew
         if shared is None:
             return self._final or SchedulerStatistics(
-                dispatch=crew.kind, dispatch_reason=crew.reason, fairness=None, errors={},
+                policy=self._policy.name, dispatch=crew.kind, dispatch_reason=crew.reason, fairness=None, errors={},
                 guard="absent", cpus=(), vcpus=())
         errors: Mapping[str, int] = {
             **crew.errors,
             "refused_calls": sum(
                 shared.cpu_get(host.index, "refusals") for host in crew.hosts.values())}
         return SchedulerStatistics(
-            dispatch=crew.kind, dispatch_reason=crew.reason, fairness=self._ledger.fairness(),
+            policy=self._policy.name, dispatch=crew.kind, dispatch_reason=crew.reason, fairness=self._ledger.fairness(),
             errors={stage: count for stage, count in errors.items() if count},
             guard=crew.guard_state,
             cpus=tuple(self._cpu_figures(shared, host) for host in crew.hosts.values()),

@@ -56,6 +56,7 @@ class Vcpu:
     cpus: frozenset[int]
     paused: bool = False
     leaving: bool = False
+    at_kernel: tuple[int, frozenset[int]] | None = None     # nice and affinity (baseline.py)
     share: float = 0.0               # entitled, in host CPUs
     entitled_ns: float = 0.0
     lag_ns: float = 0.0
@@ -186,6 +187,7 @@ class Table:
 
     def give_back(self, vcpu: Vcpu) -> None:
         linux.give_back(vcpu.thread.pid, vcpu.thread.tid, self.home)
+        vcpu.at_kernel = None
 
     def take_over(self, vcpu: Vcpu) -> None:
         """Its dispatcher has ended: close its awake time; it is nobody's."""
