@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "console": ("console", "console"),
     "screen": ("screen", "screen"),
     "keys": ("screen", "keys"),
+    "trace": ("trace", "trace"),
     "host": ("host", "host"),
     "version": ("host", "version"),
 }

@@ -11,6 +11,7 @@ Control, JSON, every answer an object with `schema`:
     POST /v1/vms/{name}/serial            {"data": base64}
     GET  /v1/vms/{name}/registers, /calls
     GET  /v1/warnings
+    GET  /v1/recording?seconds=N          slices of the last N seconds (all that are kept), JSON lines
     POST /v1/shutdown
 
 An error is `{"error": {"code", "message"}}` with the status of the `ServiceError` that said it.
@@ -50,6 +51,7 @@ MAX_BODY: Final = 128 * 1024
 BODY_SECONDS: Final = 10.0
 MAX_KEYS: Final = 4096
 MAX_SERIAL_INPUT: Final = 48 * 1024
+RECORDING_MAX_SECONDS: Final = 86_400.0
 ACTIONS: Final = get_args(Action)
 INDEX: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Mixvisor</title>
 <h1>Mixvisor</h1><p><a href="/metrics">/metrics</a> &middot; <a href="/-/healthy">/-/healthy</a>
@@ -82,6 +84,7 @@ def control_app(backend: Backend) -> Starlette:
             Route(vm + "/calls", control.calls, methods=["GET"]),
             Route(vm + "/{action}", control.act, methods=["POST"]),
             Route("/v1/warnings", control.warnings, methods=["GET"]),
+            Route("/v1/recording", control.recording, methods=["GET"]),
             Route("/v1/shutdown", control.shutdown, methods=["POST"]),
         ],
         exception_handlers={
@@ -170,6 +173,19 @@ class _Control:
 
     async def warnings(self, _request: Request) -> Response:
         return _answer({"warnings": to_json(self._backend.snapshot().warnings)})
+
+    async def recording(self, request: Request) -> Response:
+        text = request.query_params.get("seconds")
+        try:
+            seconds = None if text is None else float(text)
+        except ValueError:
+            seconds = -1.0
+        if seconds is not None and not 0.0 < seconds <= RECORDING_MAX_SECONDS:
+            raise Unusable(f"seconds is a number above 0, at most {RECORDING_MAX_SECONDS:g}; found {text!r}")
+        packed = self._backend.recording(seconds)
+        # Up to a second's work: not on the thread that watches the VMs.
+        body = await trio.to_thread.run_sync(lambda: "\n".join(packed.unpack().lines()) + "\n")
+        return Response(body, media_type="application/x-ndjson")
 
     async def shutdown(self, _request: Request) -> Response:
         self._backend.request_shutdown()

@@ -33,6 +33,7 @@ from ..metrics.snapshot import (
     Snapshot,
 )
 from ..sched.accounts import HistogramFigures, SchedulerStatistics
+from ..sched.recorder import PackedRecording
 from ..sched.supervisor import DispatchRefused, Scheduler
 from ..vm.guests import BUILTIN, pokes
 from ..vm.host import HostFacts
@@ -53,6 +54,8 @@ log = structlog.get_logger("mixvisor")
 VERSION: Final = version("mixvisor")
 GuardState = Literal["watching", "fired", "absent"]
 SNAPSHOT_SECONDS: Final = 0.1
+RECORD_PAUSE_SECONDS: Final = 10.0     # trouble that comes in swarms is recorded once
+TROUBLE: Final = ("guard-fired", "guard-lost", "dispatcher-died")
 DRAIN_SECONDS: Final = 1.2       # for all VMs together; who has not ended by then is killed
 
 
@@ -111,6 +114,7 @@ class Service:
         self._started_unix_s = time.time()
         self._machines: dict[str, Machine] = {}
         self._scheduler: Scheduler | None = None
+        self._record_from = 0.0            # when trouble is recorded again
         self._shutdown = trio.Event()
         self._cached: tuple[float, Snapshot] | None = None
         self.vm_cpus = vm_cpus(config, self.facts.cpus)
@@ -154,13 +158,23 @@ class Service:
 
     async def _run_vms(self, state: StateDir, task_status: trio.TaskStatus[None]) -> None:
         scheduler_config = self.config.scheduler
+
+        def scheduler_warns(
+            code: str, severity: Literal["info", "warning", "critical"], message: str, advice: str,
+        ) -> None:
+            self.board.put(code, severity, message, advice)
+            now = time.monotonic()
+            if code in TROUBLE and now >= self._record_from:
+                self._record_from = now + RECORD_PAUSE_SECONDS
+                nursery.start_soon(self._keep_recording, state, code)
+
         async with open_zygote() as zygote, trio.open_nursery() as nursery:
             scheduler = Scheduler(
                 cpus=self.vm_cpus, dispatch=self.config.host.dispatch,
                 slice_ns=scheduler_config.slice_us * 1000,
                 ratelimit_ns=scheduler_config.ratelimit_us * 1000,
                 migrate_resist_ns=scheduler_config.migrate_resist_us * 1000,
-                spawn=zygote.spawn, warn=self.board.put)
+                spawn=zygote.spawn, warn=scheduler_warns)
             try:
                 await nursery.start(scheduler.run)
             except DispatchRefused as error:
@@ -262,6 +276,21 @@ class Service:
                 "the supervisor may not raise its own priority, so on a full host it may wake late",
                 "grant CAP_SYS_NICE (systemd: AmbientCapabilities=CAP_SYS_NICE)")
 
+    async def _keep_recording(self, state: StateDir, reason: str) -> None:
+        """What the host CPUs did until just now, into the state directory."""
+        if self._scheduler is None:
+            return
+        packed = self._scheduler.recording(reason)
+        try:
+            path = await trio.to_thread.run_sync(
+                lambda: state.keep_recording(reason, packed.unpack().lines()), abandon_on_cancel=True)
+        except OSError as error:
+            log.warning("the recording of the scheduler's last slices cannot be written",
+                        code="recording-failed", reason=reason, error=error.strerror)
+            return
+        log.info("the scheduler's last slices are kept: mixvisor trace --from FILE shows them",
+                 code="recording-kept", reason=reason, file=str(path))
+
     # -- warnings -------------------------------------------------------------------------
 
     def _changed(self) -> None:
@@ -297,6 +326,11 @@ class Service:
 
     async def ask(self, name: str, op: str, **arguments: Any) -> dict[str, Any]:
         return await self.machine(name).ask(op, **arguments)
+
+    def recording(self, seconds: float | None) -> PackedRecording:
+        if self._scheduler is None:
+            raise ServiceError("the service is starting; try again")
+        return self._scheduler.recording("asked for", seconds)
 
     def snapshot(self) -> Snapshot:
         now = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Protocol
 
 from ..metrics.snapshot import Snapshot
+from ..sched.recorder import PackedRecording
 
 __all__ = [
     "Action", "Backend", "Conflict", "Denied", "NotFound", "ServiceError", "TimedOut", "Unusable",
@@ -63,6 +64,10 @@ class Backend(Protocol):
 
     async def ask(self, name: str, op: str, **arguments: Any) -> dict[str, Any]:
         """An operation of the worker protocol (`screen`, `keys`, `serial`, ...). Raises ServiceError."""
+        ...
+
+    def recording(self, seconds: float | None) -> PackedRecording:
+        """The slices of the last `seconds` (None: all that are kept). Raises ServiceError."""
         ...
 
     def request_shutdown(self) -> None: ...

@@ -92,29 +92,44 @@ class Client:
     def calls(self, name: str) -> dict[str, Any]:
         return self._call("GET", _vm(name, "calls"))
 
+    def recording(self, seconds: float | None) -> str:
+        """The slices of the last seconds, as JSON lines (sched/recorder.py)."""
+        response = self._answer("GET", "/v1/recording" + ("" if seconds is None else f"?seconds={seconds:g}"))
+        if response.is_error:
+            raise _error(self._document(response))
+        return response.text
+
     def shutdown(self) -> None:
         self._call("POST", "/v1/shutdown")
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        response = self._answer(method, path, body)
+        answer = self._document(response)
+        if response.is_error:
+            raise _error(answer)
+        if answer["schema"] != SCHEMA:
+            raise ServiceError(f"the service speaks schema {answer['schema']}, this command "
+                               f"{SCHEMA}; use the same version of both")
+        return answer
+
+    def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         try:
-            response = self._http.request(method, path, json=body)
+            return self._http.request(method, path, json=body)
         except httpx2.TimeoutException as error:
             raise TimedOut(f"the service on {self._socket} did not answer in time; is it stopped "
                            "or overloaded?") from error
         except httpx2.TransportError as error:
             raise Unreachable(f"the connection to the service on {self._socket} was lost: "
                               f"{error}") from error
+
+    def _document(self, response: httpx2.Response) -> dict[str, Any]:
+        """What every answer but a recording is. Raises ServiceError."""
         try:
             answer = response.json()
         except ValueError:
             answer = None
         if not isinstance(answer, dict) or "schema" not in answer:
             raise ServiceError(f"what answers on {self._socket} is not a Mixvisor service")
-        if response.is_error:
-            raise _error(answer)
-        if answer["schema"] != SCHEMA:
-            raise ServiceError(f"the service speaks schema {answer['schema']}, this command "
-                               f"{SCHEMA}; use the same version of both")
         return answer
 
 

@@ -3,22 +3,25 @@
 `DIR/lock` is held by flock for the life of the service (the kernel lets go of it when the
 process dies, however it dies). `DIR/logs/NAME.log` is what a VM wrote to its serial port, at most
 twice `LOG_BYTES` (one older file is kept). A full disk loses log lines and says so once; it
-never touches a VM.
+never touches a VM. `DIR/recordings/` has the flight recorder's newest `RECORDINGS` recordings of
+moments when something went wrong (sched/recorder.py).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
 from .backend import ServiceError
 
-__all__ = ["LOG_BYTES", "AlreadyRunning", "SerialLog", "StateDir"]
+__all__ = ["LOG_BYTES", "RECORDINGS", "AlreadyRunning", "SerialLog", "StateDir"]
 
 LOG_BYTES: Final = 1 << 20
+RECORDINGS: Final = 5
 
 
 class AlreadyRunning(ServiceError):
@@ -55,6 +58,18 @@ class StateDir:
 
     def log_of(self, vm: str) -> SerialLog:
         return SerialLog(self.path / "logs" / f"{vm}.log")
+
+    def keep_recording(self, reason: str, lines: Iterable[str]) -> Path:
+        """Write a recording, then drop the oldest beyond `RECORDINGS`. Raises OSError."""
+        folder = self.path / "recordings"
+        folder.mkdir(mode=0o750, exist_ok=True)
+        # Names sort by time.
+        path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{time.monotonic_ns()}-{reason}.jsonl"
+        with path.open("x", encoding="utf-8") as out:
+            out.writelines(f"{line}\n" for line in lines)
+        for old in sorted(folder.glob("*.jsonl"))[:-RECORDINGS]:
+            old.unlink(missing_ok=True)
+        return path
 
     def close(self) -> None:
         os.close(self._lock)

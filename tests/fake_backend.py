@@ -33,6 +33,8 @@ from mixvisor.metrics.snapshot import (
     VmSnapshot,
     WarningSnapshot,
 )
+from mixvisor.sched.recorder import FlightRecorder, PackedRecording
+from mixvisor.sched.shared import SliceRecord
 from mixvisor.service.backend import Action, Conflict, Denied, NotFound, TimedOut
 
 __all__ = ["FakeBackend", "FakeService", "make_vm"]
@@ -137,6 +139,19 @@ class FakeBackend:
                 dispatch_reason="real-time priorities are permitted and a CPU is left to the rest",
                 errors={}, guard="watching"),
             cpus=(cpu,), vms=tuple(vms), warnings=warnings)
+
+    def recording(self, seconds: float | None) -> PackedRecording:
+        """Two VMs in turn on CPU 1, 10 ms each, for a second."""
+        recorder = FlightRecorder([1])
+        recorder.name(1, "sw-one")
+        recorder.name(2, "hw-two")
+        now = self._now_ns()
+        recorder.note(1, [SliceRecord(
+            start_ns=at, end_ns=at + 10_000_000, planned_end_ns=at + 10_000_000, slot=turn, generation=turn + 1,
+            previous_slot=1 - turn, mode=turn, run_ns=9_900_000, others_software_ns=0, others_hardware_ns=0,
+            progress_before=0, progress_after=0, edge_late_ns=0, breath_ns=0, decision_ns=60_000, flags=0)
+            for at, turn in ((now - 1_000_000_000 + n * 10_000_000, n % 2) for n in range(100))])
+        return recorder.copy(now, "asked for", seconds)
 
     def _known(self, name: str) -> str:
         if name not in self._state:
