@@ -12,11 +12,12 @@ from typing import Any
 
 from mixvisor.config.model import format_size
 from mixvisor.config.schema import json_schema
+from mixvisor.service.warnings import sections
 from mixvisor.vm.lifecycle import diagram
 from mixvisor.vm.modes import rules_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("ARCHITECTURE.md", "docs/modes.md", "docs/configuration.md")
+PAGES = ("ARCHITECTURE.md", "docs/modes.md", "docs/configuration.md", "docs/warnings.md")
 PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -77,6 +78,7 @@ PARTS = {
     "life-cycle": lambda: f"```mermaid\n{diagram()}```\n",
     "mode-rules": rules_table,
     "configuration": configuration,
+    "warnings": sections,
 }
 
 

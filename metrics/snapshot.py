@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 __all__ = [
     "DECISION_BOUNDS_NS", "LATENESS_BOUNDS_NS", "MODES", "RUN_LENGTH_BOUNDS_NS", "STATES", "CpuSnapshot",
-    "Histogram", "HostSnapshot", "Mode", "SchedulerSnapshot", "ServiceSnapshot", "Snapshot",
+    "Histogram", "HostSnapshot", "Mode", "ModeAlternative", "SchedulerSnapshot", "ServiceSnapshot", "Snapshot",
     "VcpuSnapshot", "VmSnapshot", "WarningSnapshot",
 ]
 
@@ -53,6 +53,16 @@ class VcpuSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModeAlternative:
+    """A mode that the VM did not get."""
+
+    mode: Mode
+    rule: str                    # stable code of the rule that refused it
+    why: str
+    possible: bool               # it would run so, if the file said so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmSnapshot:
     id: str                      # stable identity: the label `vm` (the name, unique in a configuration)
     name: str
@@ -88,6 +98,8 @@ class VmSnapshot:
     block_read_bytes: int
     block_written_bytes: int
     console: str                 # text, serial, none
+    mode_notes: tuple[str, ...] = ()                # what the mode goes against, sentences
+    mode_alternatives: tuple[ModeAlternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +142,8 @@ class WarningSnapshot:
     advice: str                  # what to do
     since_unix_s: float
     vms: tuple[str, ...] = ()
+    weight: str = ""             # of the mixed-modes warnings: light (host), medium (core), heavy (cpu)
+    link: str = ""               # where the documentation explains the code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
