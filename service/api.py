@@ -10,6 +10,10 @@ Control, JSON, every answer an object with `schema`:
     GET  /v1/vms/{name}/serial?offset=N   output of the serial port from byte N on
     POST /v1/vms/{name}/serial            {"data": base64}
     GET  /v1/vms/{name}/registers, /calls
+    GET  /v1/vms/{name}/why               where it stands, or how it ended: registers, code, last exits
+    GET  /v1/vms/{name}/exits?limit=N     exits by reason, instruction and address, the most first
+    POST /v1/vms/{name}/profile           {"hz": n, "seconds": s}: take samples; the answer comes at once
+    POST /v1/vms/{name}/profile-end       ends it if it has not ended; what was sampled
     GET  /v1/warnings
     GET  /v1/recording?seconds=N          slices of the last N seconds (all that are kept), JSON lines
     POST /v1/shutdown
@@ -52,6 +56,9 @@ BODY_SECONDS: Final = 10.0
 MAX_KEYS: Final = 4096
 MAX_SERIAL_INPUT: Final = 48 * 1024
 RECORDING_MAX_SECONDS: Final = 86_400.0
+EXITS_MAX: Final = 256           # places in one answer (vm/worker/eyes.py)
+HZ_MAX: Final = 1000
+SECONDS_MAX: Final = 600
 ACTIONS: Final = get_args(Action)
 INDEX: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Mixvisor</title>
 <h1>Mixvisor</h1><p><a href="/metrics">/metrics</a> &middot; <a href="/-/healthy">/-/healthy</a>
@@ -82,6 +89,10 @@ def control_app(backend: Backend) -> Starlette:
             Route(vm + "/serial", control.serial_input, methods=["POST"]),
             Route(vm + "/registers", control.registers, methods=["GET"]),
             Route(vm + "/calls", control.calls, methods=["GET"]),
+            Route(vm + "/why", control.why, methods=["GET"]),
+            Route(vm + "/exits", control.exits, methods=["GET"]),
+            Route(vm + "/profile", control.profile, methods=["POST"]),
+            Route(vm + "/profile-end", control.profile_end, methods=["POST"]),
             Route(vm + "/{action}", control.act, methods=["POST"]),
             Route("/v1/warnings", control.warnings, methods=["GET"]),
             Route("/v1/recording", control.recording, methods=["GET"]),
@@ -212,6 +223,27 @@ class _Control:
 
     async def calls(self, request: Request) -> Response:
         return await self._ask(request, "calls")
+
+    async def why(self, request: Request) -> Response:
+        return await self._ask(request, "why")
+
+    async def exits(self, request: Request) -> Response:
+        text = request.query_params.get("limit", str(EXITS_MAX))
+        if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= EXITS_MAX):
+            raise Unusable(f"limit is a number from 1 to {EXITS_MAX}; found {text!r}")
+        return await self._ask(request, "exits", limit=int(text))
+
+    async def profile(self, request: Request) -> Response:
+        body = await _body(request)
+        hz, seconds = body.get("hz"), body.get("seconds")
+        if type(hz) is not int or not 1 <= hz <= HZ_MAX:
+            raise Unusable(f"hz is a whole number of samples a second, 1 to {HZ_MAX}")
+        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= SECONDS_MAX:
+            raise Unusable(f"seconds is a number above 0 and at most {SECONDS_MAX}")
+        return await self._ask(request, "profile", hz=hz, seconds=seconds)
+
+    async def profile_end(self, request: Request) -> Response:
+        return await self._ask(request, "profile-end")
 
     async def serial(self, request: Request) -> Response:
         text = request.query_params.get("offset", "0")

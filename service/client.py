@@ -92,6 +92,20 @@ class Client:
     def calls(self, name: str) -> dict[str, Any]:
         return self._call("GET", _vm(name, "calls"))
 
+    def why(self, name: str) -> dict[str, Any]:
+        """`state`, `reason`, `registers`, `report` ... (service/machine.py)."""
+        return self._call("GET", _vm(name, "why"))
+
+    def exits(self, name: str, limit: int) -> dict[str, Any]:
+        return self._call("GET", _vm(name, f"exits?limit={limit}"))
+
+    def profile(self, name: str, hz: int, seconds: float) -> None:
+        """Begin to take samples; `profile_end` has them."""
+        self._call("POST", _vm(name, "profile"), {"hz": hz, "seconds": seconds})
+
+    def profile_end(self, name: str) -> dict[str, Any]:
+        return self._call("POST", _vm(name, "profile-end"))
+
     def recording(self, seconds: float | None) -> str:
         """The slices of the last seconds, as JSON lines (sched/recorder.py)."""
         response = self._answer("GET", "/v1/recording" + ("" if seconds is None else f"?seconds={seconds:g}"))

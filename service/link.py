@@ -18,7 +18,7 @@ import trio
 from ..vm.worker.protocol import MAX_PACKET, Ending
 from .backend import Conflict, ServiceError, TimedOut
 
-__all__ = ["Nonsense", "WorkerLink", "harmless", "harmless_screen", "parse_ending"]
+__all__ = ["Nonsense", "WorkerLink", "harmless", "harmless_registers", "harmless_screen", "parse_ending"]
 
 ANSWER_SECONDS: Final = 5.0      # a VM with a small share answers when its vCPU has a slice
 TELL_SECONDS: Final = 0.1        # for a socket that a silent worker has let fill up
@@ -143,11 +143,7 @@ def parse_ending(packet: dict[str, Any]) -> Ending:
         raise Nonsense("an exit code that is no number")
     instruction = packet.get("instruction")
     registers = packet.get("registers")
-    if registers is not None and not (
-        isinstance(registers, dict) and len(registers) <= 128
-        and all(name.isidentifier() and isinstance(value, int) and 0 <= value < 2**64
-                for name, value in registers.items())
-    ):
+    if registers is not None and not _are_registers(registers):
         raise Nonsense("registers that are no numbers")
     return Ending(
         fate=fate,
@@ -156,7 +152,21 @@ def parse_ending(packet: dict[str, Any]) -> Ending:
         exit_code=exit_code,
         instruction=harmless(instruction) if instruction is not None else None,
         registers=registers,
+        report=packet["report"] if isinstance(packet.get("report"), dict) else None,    # checked in machine.py
     )
+
+
+def _are_registers(registers: object) -> bool:
+    return (isinstance(registers, dict) and len(registers) <= 128
+            and all(name.isidentifier() and isinstance(value, int) and 0 <= value < 2**64
+                    for name, value in registers.items()))
+
+
+def harmless_registers(answer: dict[str, Any]) -> dict[str, int]:
+    """An answer of the operation `registers`, fit to be shown. Raises ServiceError for what is none."""
+    if not _are_registers(answer):
+        raise ServiceError("the worker's answer holds no registers")
+    return answer
 
 
 def harmless(text: object) -> str:

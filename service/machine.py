@@ -17,7 +17,7 @@ import base64
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal
 
 import structlog
@@ -34,7 +34,8 @@ from ..vm.worker.protocol import Ending, WorkerSpec
 from .backend import Conflict, ServiceError, Unusable
 from .children import Zygote
 from .incarnation import Incarnation
-from .link import WorkerLink, harmless_screen
+from .link import WorkerLink, harmless_registers, harmless_screen
+from .reports import SHAPES, checked
 from .statedir import SerialLog
 from .warnings import Board
 
@@ -45,7 +46,7 @@ log = structlog.get_logger("mixvisor")
 STOP_SECONDS: Final = 3.0        # a guest that has not ended by then is killed
 BURY_SECONDS: Final = 5.0        # from SIGKILL to the end of the process
 SERIAL_SECONDS: Final = 0.5
-OPERATIONS: Final = frozenset({"screen", "keys", "serial", "serial-input", "registers", "calls"})
+OPERATIONS: Final = frozenset({"screen", "keys", "serial", "serial-input", "registers", "calls", "why", *SHAPES})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,6 +121,7 @@ class Machine:
         self._past = Totals()                  # of the incarnations that have ended
         self._incarnations = 0                 # how many those are
         self._legacy: dict[str, dict[str, Any]] = {}   # what the last guest left: screen, serial
+        self._ending: tuple[Ending, float] | None = None    # of the last guest, and when (seconds since 1970)
         self._life: _Life | None = None
         self._switching = trio.Lock()          # one pause or resume at a time
 
@@ -230,6 +232,8 @@ class Machine:
     async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         if op not in OPERATIONS:
             raise Unusable(f"there is no operation {op!r}")
+        if op == "why":
+            return await self._why()
         one = self._live_one
         if one is None and op in self._legacy:
             # A guest that has ended is read like one that runs: why it ended is often on its screen.
@@ -238,7 +242,25 @@ class Machine:
             raise Conflict(f"{self.name} is {self.phase.value}; '{op}' needs a running VM")
         else:
             answer = await one.link.ask(op, **arguments)
+        if op in SHAPES:
+            return checked(op, answer)
         return harmless_screen(answer) if op == "screen" else answer
+
+    async def _why(self) -> dict[str, Any]:
+        """How the last guest ended, or where the present one stands."""
+        answer: dict[str, Any] = {"name": self.name, "state": self.phase.value, "reason": self.reason,
+                                  "restarts": self.restarts, "code": None, "exit_code": None, "since_unix_s": None,
+                                  "instruction": None, "registers": None, "report": None}
+        if self.phase in (Phase.RUNNING, Phase.PAUSED):
+            report = await self.ask("where")
+            return {**answer, "report": report, "instruction": report["instruction"],
+                    "registers": harmless_registers(await self.ask("registers"))}
+        if self._ending is not None and self.phase in ENDED:
+            ending, when_unix_s = self._ending
+            answer |= {"code": ending.code, "exit_code": ending.exit_code, "since_unix_s": when_unix_s,
+                       "reason": self.reason or ending.reason, "instruction": ending.instruction,
+                       "registers": ending.registers, "report": ending.report}
+        return answer
 
     # -- the life -------------------------------------------------------------------------
 
@@ -369,6 +391,13 @@ class Machine:
 
     def _tell_end(self, life: _Life, ending: Ending) -> None:
         reason = ending.reason
+        report = None
+        if ending.report is not None:
+            try:
+                report = checked("where", ending.report)
+            except ServiceError as error:
+                log.debug("the report of a guest's end was no report", vm=self.name, error=str(error))
+        self._ending = replace(ending, report=report), time.time()
         if ending.fate == "failed":
             self._move(Signal.START_FAILED, reason)
             log.error(f"{self.name} did not start: {reason}", code="vm-start-failed", vm=self.name)
@@ -379,7 +408,7 @@ class Machine:
         else:
             self._move(Signal.ENDED_CRASHED, reason)
             log.error(f"{self.name} crashed: {reason}", code=f"guest-{ending.code}", vm=self.name,
-                      instruction=ending.instruction, registers=ending.registers)
+                      instruction=ending.instruction, registers=ending.registers, **_logged_report(report))
         if not life.settled.is_set():
             if ending.fate == "failed":
                 life.refusal = ServiceError(f"{self.name} did not start: {reason}")
@@ -477,3 +506,14 @@ class Machine:
             serial_bytes=total.serial_bytes, serial_dropped_bytes=total.serial_dropped_bytes,
             bios_calls=total.bios_calls, block_read_bytes=total.block_read_bytes,
             block_written_bytes=total.block_written_bytes, console=config.console_kind)
+
+
+def _logged_report(report: dict[str, Any] | None) -> dict[str, Any]:
+    """A death report for the log: the mode, the code around as text, the last exits."""
+    if report is None:
+        return {}
+    here = report["address"]
+    return {"mode": report["mode"], "place": report["place"],
+            "listing": [f"{'>' if address == here else ' '} {address:#x}: {data}  {text}"
+                        for address, data, text in report["code"]],
+            "last_exits": [f"{reason} {address:#x} {text}" for reason, address, text in report["exits"]]}

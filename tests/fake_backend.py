@@ -46,6 +46,34 @@ REASONS = {
     "avoid-mixing": "Either mode would do; this one avoids mixing.",
 }
 
+_EXIT = {"reason": "io_out", "address": 0x10007, "mnemonic": "out", "instruction": "out dx, al",
+         "mode": "32-bit protected mode, ring 0", "count": 1500}
+# Answers of the operations that look into a guest, as the service gives them.
+INSIDE: dict[str, dict[str, Any]] = {
+    "why": {
+        "reason": "the guest triple-faulted", "restarts": 0, "code": "triple-fault", "exit_code": None,
+        "since_unix_s": 1_700_000_000.0, "instruction": "int3",
+        "registers": {"rax": 0x12, "rip": 0x10008, "rflags": 2, "cs": 8, "cr0": 0x11},
+        "report": {"mode": "32-bit protected mode, ring 0", "place": "0x10008", "address": 0x10008,
+                   "instruction": "int3",
+                   "code": [[0x10007, "ee", "out dx, al"], [0x10008, "cc", "int3"], [0x10009, "90", "nop"]],
+                   "exits": [["io_out", 0x10007, "out dx, al"]] * 3 + [["interrupt", 0x10008, "int3"]]}},
+    "exits": {"total": 2000, "places": 3, "sites": [
+        _EXIT, {**_EXIT, "address": 0x20000, "count": 490},
+        {**_EXIT, "reason": "halt", "mnemonic": "", "instruction": "(beyond the first 4096 places)", "mode": "",
+         "address": 0, "count": 10}]},
+    "profile": {},
+    "profile-end": {
+        "samples": 100, "places": 2, "rings": [25, 0, 0, 75],
+        "modes": {"64-bit long mode, ring 3": 75, "64-bit long mode, ring 0": 25},
+        "hot": [{"address": 0x10040, "count": 75, "ring": 3, "mode": "64-bit long mode, ring 3",
+                 "instruction": "imul eax, ecx"}],
+        "code": [{"count": 75, "ring": 3, "mode": "64-bit long mode, ring 3",
+                  "lines": [[0x10040, "0fafc1", "imul eax, ecx", 75], [0x10043, "ebfb", "jmp 0x10040", 0]]}],
+        "wall_ns": 1_000_000_000, "cpu_ns": 400_000_000, "host_ns": 100_000_000, "sleeping_ns": 0,
+        "granularity": "instruction"},
+}
+
 
 def make_vm(
     name: str, *, mode: str = "software", rule: str = "explicit", weight: int = 100,
@@ -199,6 +227,8 @@ class FakeBackend:
         if op == "serial-input":
             self.serial_out += base64.b64decode(arguments["data"])
             return {}
+        if op in INSIDE:
+            return {**INSIDE[op], "name": name, "state": self._state[name]} if op == "why" else INSIDE[op]
         return {"registers": {"rax": 1}} if op == "registers" else {"calls": [[0x10, 0x0E, 4]]}
 
     def request_shutdown(self) -> None:

@@ -1,7 +1,10 @@
-"""What instruction a guest stands at, as text: for reports of how a guest ended.
+"""What instruction a guest stands at, as text: for reports of where a guest is and how it ended.
 
 Theory.  CS:RIP plus the mode (16, 32 or 64 bits, from CR0, EFER and CS) gives a linear
 address; the guest's page tables, walked here in pure Python, give bytes; capstone gives text.
+x86 cannot be decoded backwards with certainty, but its instruction stream falls into step within a few
+instructions: of all starts shortly before RIP, the one that most others agree with and that arrives at
+RIP exactly is (nearly always) the code that ran.
 
 Invariants.  Total: any memory and any state gives a text, never an exception; guest memory is
 hostile input.  Poor: capstone decodes what it knows; unknown bytes are shown as `db ...`.
@@ -11,16 +14,30 @@ from __future__ import annotations
 
 import functools
 import mmap
+from dataclasses import dataclass
 
 import capstone
 
 from ..engines.base import RIP, CpuState
 from ..engines.paging import paging_mode, read_linear
 
-__all__ = ["bits_of", "describe", "disassemble_around", "mode_name", "place"]
+__all__ = [
+    "Line", "bits_of", "describe", "disassemble", "disassemble_around", "instruction_at", "linear_of", "listing",
+    "mode_name", "place", "read_code",
+]
 
-_LONGEST = 15          # bytes of an x86 instruction
+LONGEST = 15           # bytes of an x86 instruction
+_BEFORE = 32           # bytes looked at before RIP
 _PROTECTED, _LMA, _VM86 = 1, 1 << 10, 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One instruction: its linear address, bytes and text."""
+
+    address: int
+    code: bytes
+    text: str
 
 
 def bits_of(state: CpuState) -> int:
@@ -28,6 +45,15 @@ def bits_of(state: CpuState) -> int:
     if state.efer & _LMA and state.cs.l:
         return 64
     return 32 if state.cs.db and state.cr0 & _PROTECTED else 16
+
+
+def ring_of(state: CpuState) -> int:
+    """The privilege ring: 0 in real mode, 3 in virtual-8086 mode, else that of the stack segment."""
+    if not state.cr0 & _PROTECTED:
+        return 0
+    if state.gpr[17] & _VM86 and not state.efer & _LMA:
+        return 3
+    return state.ss.dpl & 3
 
 
 def mode_name(state: CpuState) -> str:
@@ -41,7 +67,7 @@ def mode_name(state: CpuState) -> str:
         kind = "64-bit long mode" if bits == 64 else f"{bits}-bit compatibility mode"
     else:
         kind = f"{bits}-bit protected mode"
-    return f"{kind}, ring {state.ss.dpl}"
+    return f"{kind}, ring {ring_of(state)}"
 
 
 @functools.cache
@@ -50,46 +76,91 @@ def _decoder(bits: int) -> capstone.Cs:
     return capstone.Cs(capstone.CS_ARCH_X86, modes[bits])
 
 
-def _linear(state: CpuState) -> int:
+def linear_of(state: CpuState, rip: int | None = None) -> int:
+    """Linear address of CS:RIP, or of CS:*rip*."""
+    rip = state.gpr[RIP] if rip is None else rip
     if bits_of(state) == 64:
-        return state.gpr[RIP]
-    return (state.cs.base + state.gpr[RIP]) & 0xFFFF_FFFF
+        return rip & 0xFFFF_FFFF_FFFF_FFFF
+    return (state.cs.base + rip) & 0xFFFF_FFFF
 
 
 def place(state: CpuState) -> str:
     """Where execution stands: `f000:fff0` in real mode, else the linear address in hex."""
     if not state.cr0 & _PROTECTED:
         return f"{state.cs.selector:04x}:{state.gpr[RIP] & 0xFFFF:04x}"
-    return f"{_linear(state):#x}"
+    return f"{linear_of(state):#x}"
+
+
+def read_code(memory: mmap.mmap, state: CpuState, linear: int, length: int) -> bytes:
+    """Up to *length* bytes of code through the guest's page tables."""
+    return read_linear(memory, paging_mode(state), linear, length)
+
+
+def instruction_at(code: bytes, address: int, bits: int) -> tuple[str, str, int] | None:
+    """(mnemonic, operands, size) of the first instruction of *code*; None where there is none."""
+    for _, size, name, operands in _decoder(bits).disasm_lite(code[:LONGEST], address, 1):
+        return name, operands, size
+    return None
 
 
 def _text(code: bytes, address: int, bits: int) -> tuple[str, int]:
-    for _, size, name, operands in _decoder(bits).disasm_lite(code[:_LONGEST], address, 1):
+    found = instruction_at(code, address, bits)
+    if found is not None:
+        name, operands, size = found
         return f"{name} {operands}".strip(), size
     return "db " + ", ".join(f"0x{byte:02x}" for byte in code[:4]), 1
 
 
 def describe(memory: mmap.mmap, state: CpuState) -> str:
     """Text of the instruction at CS:RIP, or where execution is when there is none."""
-    linear = _linear(state)
-    code = read_linear(memory, paging_mode(state), linear, _LONGEST)
+    linear = linear_of(state)
+    code = read_code(memory, state, linear, LONGEST)
     if not code:
         return f"outside memory at {linear:#x}"
     return _text(code, state.gpr[RIP], bits_of(state))[0]
 
 
-def disassemble_around(memory: mmap.mmap, state: CpuState, count: int = 5) -> list[str]:
-    """The instruction at CS:RIP and the *count* - 1 after it, each `address: bytes  text`.
-
-    Forward only: x86 cannot be decoded backwards with certainty.
-    """
-    linear, bits = _linear(state), bits_of(state)
-    code = read_linear(memory, paging_mode(state), linear, _LONGEST * count)
-    lines: list[str] = []
+def disassemble(code: bytes, linear: int, bits: int, count: int, ip: int | None = None) -> list[Line]:
+    """The first *count* instructions of *code*. `ip`: the offset that branch targets are shown from."""
+    lines: list[Line] = []
     offset = 0
+    ip = linear if ip is None else ip
     while len(lines) < count and offset < len(code):
-        text, size = _text(code[offset:], state.gpr[RIP] + offset, bits)
-        shown = code[offset:offset + size].hex(" ")
-        lines.append(f"{linear + offset:#x}: {shown:<24} {text}")
+        text, size = _text(code[offset:], ip + offset, bits)
+        lines.append(Line(linear + offset, code[offset:offset + size], text))
         offset += size
     return lines
+
+
+def _before(memory: mmap.mmap, state: CpuState, count: int) -> list[Line]:
+    """Likely the *count* instructions that stand before CS:RIP."""
+    linear, bits, ip = linear_of(state), bits_of(state), state.gpr[RIP]
+    for back in (_BEFORE, linear & 4095):                       # the page before may not be mapped
+        back = min(back, ip if bits != 64 else back, linear)
+        code = read_code(memory, state, linear - back, back)
+        if len(code) == back:
+            break
+    else:
+        return []
+    best: list[Line] = []
+    for start in range(back):
+        lines = disassemble(code[start:], linear - back + start, bits, _BEFORE, ip - back + start)
+        whole = all(not line.text.startswith("db ") for line in lines)
+        if whole and sum(len(line.code) for line in lines) == back - start:
+            # The longest way that arrives: a later start that is in step is a part of it.
+            best = lines
+            break
+    return best[-count:] if count else []
+
+
+def listing(memory: mmap.mmap, state: CpuState, before: int = 4, after: int = 5) -> list[Line]:
+    """The instructions around CS:RIP, in order; that at CS:RIP is the one whose address is `linear_of`."""
+    linear, bits = linear_of(state), bits_of(state)
+    code = read_code(memory, state, linear, LONGEST * (after + 1))
+    return [*_before(memory, state, before), *disassemble(code, linear, bits, after + 1, state.gpr[RIP])]
+
+
+def disassemble_around(memory: mmap.mmap, state: CpuState, count: int = 5) -> list[str]:
+    """The instruction at CS:RIP and the *count* - 1 after it, each `address: bytes  text`."""
+    return [f"{line.address:#x}: {line.code.hex(' '):<24} {line.text}"
+            for line in listing(memory, state, 0, count - 1)]

@@ -50,8 +50,8 @@ _TEXT_MAX: Final = 256
 
 _DECODER_MODES: Final = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
 _CONDITIONAL: Final = frozenset((
-    "ja", "jae", "jb", "jbe", "jcxz", "jecxz", "jrcxz", "je", "jg", "jge", "jl", "jle", "jne", "jno", "jnp", "jns", "jo",
-    "jp", "js", "loop", "loope", "loopne", "xbegin"))
+    "ja", "jae", "jb", "jbe", "jcxz", "jecxz", "jrcxz", "je", "jg", "jge", "jl", "jle", "jne", "jno", "jnp", "jns",
+    "jo", "jp", "js", "loop", "loope", "loopne", "xbegin"))
 _ENDS: Final = frozenset((
     "ret", "retf", "retfq", "iret", "iretd", "iretq", "sysret", "sysretq", "sysexit", "sysexitq", "rsm", "ud0", "ud1",
     "ud2"))

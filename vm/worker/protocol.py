@@ -17,7 +17,12 @@ an offset that has left the ring is moved up to the oldest byte kept),
 `serial-input` {data: base64} -> {accepted: n},
 `registers` -> {...}, `calls` {trace_from: int, optional} -> {calls: [[int, ah, count], ...], trace: [[int, ah], ...]}
 (BIOS calls so far, the 2048 most frequent kinds; of the first 16384 in order, repeats collapsed, at most 4096
-from `trace_from`).
+from `trace_from`);
+`where` -> {mode, place, address, instruction, code: [[address, hex, text], ...], exits: [[reason, address, text],
+...]} (the code around CS:RIP; the newest exits, the newest last),
+`exits` {limit: int} -> {total, places, sites: [{reason, address, mnemonic, instruction, mode, count}, ...]},
+`profile` {hz: int, seconds: number} -> {} (starts), `profile-end` -> {samples, rings, modes, hot, code, ...}
+(vm/worker/eyes.py).
 
 The worker's packets are the words of a process that runs hostile code: the supervisor checks
 types and lengths and ends a worker that talks nonsense.
@@ -53,6 +58,7 @@ class Ending:
     exit_code: int | None = None
     instruction: str | None = None    # capstone's text of the instruction at RIP
     registers: dict[str, int] | None = None
+    report: dict[str, Any] | None = None      # an answer of `where`: mode, code around RIP, last exits
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import random
 
@@ -84,3 +85,34 @@ def test_any_state_over_any_memory_gives_a_text(seed, rip, cr3, paging, long, pa
     assert decode.describe(memory, state)
     assert decode.mode_name(state)
     assert len(decode.disassemble_around(memory, state, 3)) <= 3
+
+
+def test_the_code_before_is_found_where_it_falls_into_step():
+    memory = memory_with("b83412 83c001 e610 cc 90 f4")
+    state = flat_state(memory, 16, 0x10008)
+    lines = decode.listing(memory, state, before=3, after=2)
+    assert [line.text for line in lines] == [
+        "mov ax, 0x1234", "add ax, 1", "out 0x10, al", "int3", "nop", "hlt"]
+    assert lines[3].address == decode.linear_of(state)
+    assert b"".join(line.code for line in lines).hex() == "b8341283c001e610cc90f4"
+
+
+def test_nothing_is_made_up_before_where_no_code_can_arrive():
+    memory = mmap.mmap(-1, 1 << 20)
+    memory[0x10000 - 32:0x10000] = b"\xFF" * 32
+    state = flat_state(memory, 64, 0x10000)
+    assert decode.listing(memory, state, before=4, after=0)[-1].address == 0x10000
+    state = flat_state(memory, 16, 0)
+    assert [line.address for line in decode.listing(memory, state, before=4, after=0)] == [0]
+
+
+@given(seed=st.integers(0, 2**32), rip=st.integers(0, 2**16), bits=st.sampled_from((16, 32, 64)))
+def test_a_listing_holds_the_instruction_itself_and_hangs_together(seed, rip, bits):
+    memory = mmap.mmap(-1, 1 << 17)
+    memory[:] = random.Random(seed).randbytes(1 << 17)
+    state = flat_state(memory, bits, 0x8000)
+    state.gpr[RIP] = rip
+    lines = decode.listing(memory, state)
+    assert decode.linear_of(state) in [line.address for line in lines]
+    for one, next_ in itertools.pairwise(lines):
+        assert one.address + len(one.code) == next_.address
