@@ -6,6 +6,7 @@ garbled reads as "", None or the default, and never raises.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Final
 from ...config.model import parse_cpus
 
 __all__ = [
-    "cpu_list", "field", "kernel_log", "kib", "model_register", "number", "parameter", "switched_on", "text",
+    "NewMessages", "cpu_list", "cpus_refused", "field", "kernel_log", "kib", "model_register", "number", "parameter",
+    "switched_on", "text",
 ]
 
 LOG_BYTES_MAX: Final = 4 << 20         # the largest ring buffers in use; a test's file may be anything
 _RECORD_BYTES: Final = 8192            # one read of /dev/kmsg gives one record, at most this long
+_REFUSED: Final = re.compile(r"kvm: enabling virtualization on CPU ?(\d+) failed")
 
 
 def text(path: Path) -> str:
@@ -79,13 +82,49 @@ def model_register(root: Path, cpu: int, register: int) -> int | None:
 
 def kernel_log(root: Path) -> str:
     """The kernel's messages since boot; "" where this user may not read them."""
-    try:
-        descriptor = os.open(root / "dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+    descriptor = _open_log(root)
+    if descriptor is None:
         return ""
+    try:
+        return _messages(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cpus_refused(messages: str) -> frozenset[int]:
+    """CPUs on which the kernel could not switch virtualization on for KVM, by its own words."""
+    return frozenset(int(cpu) for cpu in _REFUSED.findall(messages))
+
+
+class NewMessages:
+    """The kernel's messages from now on: what happened before the service is no news."""
+
+    def __init__(self, root: Path) -> None:
+        self._descriptor = _open_log(root)
+        if self._descriptor is not None:
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    def read(self) -> str:
+        """Those that came since the last call."""
+        return "" if self._descriptor is None else _messages(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _open_log(root: Path) -> int | None:
+    try:
+        return os.open(root / "dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None                    # sysctl kernel.dmesg_restrict, or a container without it
+
+
+def _messages(descriptor: int) -> str:
     parts: list[bytes] = []
     length = 0
-    try:
+    with contextlib.suppress(OSError):     # EAGAIN: all is read
         while length < LOG_BYTES_MAX:
             try:
                 record = os.read(descriptor, _RECORD_BYTES)
@@ -95,8 +134,4 @@ def kernel_log(root: Path) -> str:
                 break
             parts.append(record)
             length += len(record)
-    except OSError:
-        pass                           # EAGAIN: all is read
-    finally:
-        os.close(descriptor)
     return b"".join(parts).decode(errors="replace")

@@ -20,7 +20,7 @@ from typing import Final
 
 from ..conflicts import Evidence, Holder
 from ..modes import Technology
-from .files import cpu_list, field, kernel_log, model_register, parameter, switched_on, text
+from .files import cpu_list, cpus_refused, field, kernel_log, model_register, parameter, switched_on, text
 from .virtualization import platform
 
 __all__ = ["look_for_rivals"]
@@ -30,7 +30,6 @@ NODES: Final = frozenset({
 DRIVERS: Final = ("vboxdrv", "vmmon")
 _EFER: Final = 0xC000_0080
 _SVME: Final = 1 << 12
-_REFUSED: Final = re.compile(r"kvm: enabling virtualization on CPU ?(\d+) failed")
 _STAT: Final = re.compile(r"\d+ \((.*)\) \S (\d+)", re.DOTALL)    # pid (name) state parent
 
 
@@ -72,7 +71,7 @@ def look_for_rivals(
         holders=tuple(holders), virt_at_load=at_load,
         # With files unseen, a VM on KVM may be among them: then EFER says nothing.
         svm_cpus=_svm_cpus(root) if technology == "amd-v" and kvm_is_idle and not unseen else (),
-        refused_cpus=tuple(sorted({int(number) for number in _REFUSED.findall(messages)})), unseen=unseen)
+        refused_cpus=tuple(sorted(cpus_refused(messages))), unseen=unseen)
 
 
 def _processes(root: Path) -> Iterator[_Process]:
