@@ -36,6 +36,7 @@ LOWEST_RATE: Final = 1e-6
 class Planner:
     """siblings: the SMT siblings of each host CPU, where known. account: brings the ledger up to
     date. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without.
+    clock: ns; another one where time is simulated.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Planner:
         account: Callable[[], None],
         send_parcel: Callable[[int, Vcpu], Awaitable[None]],
         split: Callable[[Split | None], None],
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._table = table
         self._cpus = tuple(cpus)
         self.migrate_resist_ns = migrate_resist_ns
         self._cores = cores_of(self._cpus, siblings)
         self._tell_split = split
+        self._clock = clock
         self.adopt(policy)
         self._account = account
         self._send_parcel = send_parcel
@@ -63,7 +66,7 @@ class Planner:
         self._policy = policy
         self._partition = Partition(self._cores) if policy.partitions else None
         self._split: Split | None = None
-        self._split_ns = time.monotonic_ns()
+        self._split_ns = self._clock()
 
     def _confined(self, vcpu: Vcpu) -> frozenset[int]:
         """The host CPUs that it may use, under the partition if there is one."""
@@ -75,7 +78,7 @@ class Planner:
         """The partition of now, by what the VMs were entitled to without one."""
         if self._partition is not None:
             free = self._entitled(self.demands(everyone=False, confined=False))
-            now = time.monotonic_ns()
+            now = self._clock()
             tenants = {v.vm: Tenant(
                 vm=v.vm, mode=v.thread.mode, cpus=v.cpus, demand=free[v.vm],
                 reservation=v.reservation) for v in self._table if not v.leaving}
