@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -239,6 +240,16 @@ CpuList = Annotated[
 Whole = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
+
+
+def _percent(value: float) -> float:
+    if not 0.0 <= value <= 100.0:          # a NaN is in no range
+        raise _refuse("a number from 0 to 100 percent")
+    return value
+
+
+Percent = Annotated[float, Strict(), AfterValidator(_percent),
+                    WithJsonSchema({"type": "number", "minimum": 0, "maximum": 100})]
 
 
 class _Table(BaseModel):
@@ -515,6 +526,10 @@ class HostConfig(_Table):
                     "(SCHED_OTHER and SCHED_IDLE), signal (SIGSTOP and SIGCONT), plain (left to "
                     "the kernel). auto: precise where permitted and a CPU is left over, else the "
                     "next that works.")
+    conflicts: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="While another hypervisor runs VMs with a driver of its own (VirtualBox, VMware): "
+                    "refuse hardware VMs, since two users of VT-x can crash the host, or only warn.")
     state_dir: FilePath | None = Field(
         default=None,
         description="Folder for the control socket and what is needed to find running VMs again, "
@@ -529,8 +544,12 @@ class HostConfig(_Table):
 class SchedulerConfig(_Table):
     """How the host CPUs are shared."""
 
-    policy: Literal["fair"] = Field(
-        default="fair", description="fair: CPU time in proportion to weight, over all host CPUs.")
+    policy: Literal["fair", "batch", "partition", "kernel"] = Field(
+        default="fair",
+        description="fair: CPU time in proportion to weight, over all host CPUs. batch: the same over "
+                    "long times, and a host CPU changes between modes as rarely as the mode_ keys "
+                    "allow. partition: host CPUs are given to modes by demand. kernel: weights as "
+                    "nice levels, the kernel does the rest.")
     slice_us: Annotated[Whole, Between(500, 100_000, "microseconds")] = Field(
         default=5000, description="How long a vCPU runs before the next is chosen, in "
                                   "microseconds.")
@@ -540,6 +559,22 @@ class SchedulerConfig(_Table):
     migrate_resist_us: Annotated[Whole, Between(0, 1_000_000, "microseconds")] = Field(
         default=500, description="A vCPU moves to another host CPU only if it gains more than "
                                  "this, in microseconds.")
+    mode_batch_us: Annotated[Whole, Between(0, 10_000_000, "microseconds")] = Field(
+        default=25_000,
+        description="batch: how much time the VMs of one mode may be owed together before a host CPU "
+                    "changes to them, in microseconds.")
+    mode_wait_max_us: Annotated[Whole, Between(0, 60_000_000, "microseconds")] = Field(
+        default=200_000,
+        description="batch: a VM that is owed time waits at most about this long because its mode is "
+                    "not the one that runs, in microseconds.")
+    mode_loss_max: Percent = Field(
+        default=0.0,
+        description="batch: most time that may be lost to changes of mode, in percent; raises "
+                    "mode_batch_us to what that needs at crossing_cost_us. 0: no such limit.")
+    crossing_cost_us: Annotated[Whole, Between(0, 100_000, "microseconds")] = Field(
+        default=50,
+        description="Extra cost of a change of mode on this host over a change of VM within a mode, as "
+                    "measured, in microseconds; only mode_loss_max uses it.")
 
 
 LISTEN_ALLOWED: Final = (

@@ -38,12 +38,13 @@ from ..sched.supervisor import DispatchRefused, Scheduler
 from ..vm.guests import BUILTIN, pokes
 from ..vm.host import HostFacts
 from ..vm.lifecycle import Phase
-from ..vm.mixing import MIXED_CODES, mixing_warnings
-from ..vm.modes import Mode, ModeDecision, ModeRefusal, plan
+from ..vm.modes import ModeDecision, ModeRefusal, plan
 from ..vm.worker.protocol import WorkerSpec
 from .backend import Action, NotFound, ServiceError, Unusable
 from .children import open_zygote
 from .machine import Machine, MachineContext
+from .mixed import Mixed
+from .rivals import Rivals
 from .statedir import StateDir
 from .warnings import Board
 
@@ -119,6 +120,9 @@ class Service:
         self._cached: tuple[float, Snapshot] | None = None
         self.vm_cpus = vm_cpus(config, self.facts.cpus)
         self.decisions = _decide(config, self.facts)
+        self.mixed = Mixed(self.board, self.facts.modes, config.scheduler.policy, running=self._running,
+                           placed=self._placed)
+        self._rivals = Rivals(self.board, self.facts.technology, refuse=config.host.conflicts == "refuse")
 
     # -- the life of the service ----------------------------------------------------------
 
@@ -181,10 +185,12 @@ class Service:
                 raise ServiceError(str(error)) from error
             self._scheduler = scheduler
             self._lift_priority()
+            nursery.start_soon(self.mixed.watch)
+            nursery.start_soon(self._rivals.watch)
             async with trio.open_nursery() as lives:
                 context = MachineContext(
                     zygote=zygote, scheduler=scheduler, board=self.board, nursery=lives,
-                    changed=self._changed)
+                    changed=self._changed, rivals=self._rivals)
                 self._define(context, state)
                 try:
                     async with trio.open_nursery() as starting:
@@ -202,6 +208,9 @@ class Service:
         for vm in self.config.vms:
             decision = self.decisions[vm.name]
             allowed = frozenset(vm.cpus or self.vm_cpus) & frozenset(self.vm_cpus)
+            log.info(f"{vm.name} runs in {decision.mode} mode: {decision.reason}", code="vm-mode", vm=vm.name,
+                     mode=decision.mode, rule=decision.rule, notes=list(decision.notes),
+                     refused=[f"{other.mode}: {other.why} ({other.rule})" for other in decision.alternatives])
             serial_log = state.log_of(vm.name) if vm.console_kind == "serial" else None
             self._machines[vm.name] = Machine(
                 vm, decision, worker_spec(vm, decision, sandbox=self._sandbox),
@@ -296,15 +305,15 @@ class Service:
     def _changed(self) -> None:
         """A VM moved along its life: what is true of the running set may have changed."""
         self._cached = None
-        running: dict[str, Mode] = {
-            m.name: m.decision.mode for m in self._machines.values() if m.phase is Phase.RUNNING}
-        said = {text.code: text for text in mixing_warnings(running, self.facts.technology)}
-        for code in MIXED_CODES:
-            text = said.get(code)
-            if text is None:
-                self.board.clear(code)
-            else:
-                self.board.put(text.code, text.severity, text.message, text.advice, text.vms)
+        self.mixed.update()
+
+    def _running(self) -> dict[str, ModeDecision]:
+        return {m.name: m.decision for m in self._machines.values() if m.phase is Phase.RUNNING}
+
+    def _placed(self, name: str) -> tuple[int, ...]:
+        """The host CPU of a VM now, if it has one."""
+        figures = self._scheduler.figures(name) if self._scheduler else None
+        return () if figures is None or figures.cpu is None else (figures.cpu,)
 
     # -- Backend --------------------------------------------------------------------------
 

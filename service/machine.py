@@ -24,7 +24,7 @@ import structlog
 import trio
 
 from ..config.model import VmConfig
-from ..metrics.snapshot import VcpuSnapshot, VmSnapshot
+from ..metrics.snapshot import ModeAlternative, VcpuSnapshot, VmSnapshot
 from ..sched.accounts import VcpuFigures
 from ..sched.supervisor import Scheduler, VcpuThread
 from ..vm.engines.base import EXIT_KINDS
@@ -58,6 +58,7 @@ class MachineContext:
     board: Board
     nursery: trio.Nursery
     changed: Callable[[], None]      # a VM moved along its life
+    rivals: Rivals | None = None     # who may hold back a hardware VM; None: nobody looks
 
 
 @dataclass(slots=True)
@@ -304,6 +305,9 @@ class Machine:
             self._tell_end(life, ending)
 
     async def _incarnate(self, life: _Life) -> Ending:
+        rivals = self._context.rivals if self.decision.mode == "hardware" else None
+        if rivals is not None:
+            await rivals.admit(self.name)
         one = Incarnation(self.spec, self.config.boot.image, self.config.progress)
         try:
             await one.launch(self._context.zygote)
@@ -342,6 +346,8 @@ class Machine:
         if self.phase is Phase.STARTING:
             self.started_unix_s = time.time()
             self._move(Signal.STARTED)
+            if self.decision.mode == "hardware" and self._context.rivals is not None:
+                self._context.rivals.works()
             life.settled.set()
 
     async def _obey(self, one: Incarnation, life: _Life) -> None:
@@ -401,6 +407,8 @@ class Machine:
         if ending.fate == "failed":
             self._move(Signal.START_FAILED, reason)
             log.error(f"{self.name} did not start: {reason}", code="vm-start-failed", vm=self.name)
+            if ending.code == "host-busy" and self._context.rivals is not None:
+                self._context.rivals.refused(self.name, reason)
         elif life.kill.is_set():
             self._move(Signal.ENDED_STOPPED, "killed")
         elif life.stop.is_set() or ending.fate == "stopped":
@@ -505,7 +513,9 @@ class Machine:
             exits=dict(zip(EXIT_KINDS, total.exits, strict=True)), exit_handling_ns=total.exit_handling_ns,
             serial_bytes=total.serial_bytes, serial_dropped_bytes=total.serial_dropped_bytes,
             bios_calls=total.bios_calls, block_read_bytes=total.block_read_bytes,
-            block_written_bytes=total.block_written_bytes, console=config.console_kind)
+            block_written_bytes=total.block_written_bytes, console=config.console_kind, mode_notes=decision.notes,
+            mode_alternatives=tuple(ModeAlternative(mode=other.mode, rule=other.rule, why=other.why,
+                                                    possible=other.possible) for other in decision.alternatives))
 
 
 def _logged_report(report: dict[str, Any] | None) -> dict[str, Any]:

@@ -36,7 +36,14 @@ class EngineError(Exception):
 
 
 class HostLimit(EngineError):
-    """The *host* cannot do it (no /dev/kvm, no permission, a limit of its KVM), not the guest."""
+    """The *host* cannot do it (no /dev/kvm, no permission, a limit of its KVM), not the guest.
+
+    `busy`: because somebody else holds VT-x or AMD-V.
+    """
+
+    def __init__(self, text: str, *, busy: bool = False) -> None:
+        super().__init__(text)
+        self.busy = busy
 
 
 class ExitKind(enum.IntEnum):

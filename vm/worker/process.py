@@ -119,7 +119,7 @@ class Worker:
         try:
             self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits)
         except HostLimit as error:
-            raise StartFailed("host-limit", str(error)) from error
+            raise StartFailed("host-busy" if error.busy else "host-limit", str(error)) from error
         except EngineError as error:
             raise StartFailed("engine", str(error)) from error
         self.machine.attach(self.cpu)

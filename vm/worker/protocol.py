@@ -53,7 +53,8 @@ class Ending:
     fate: Literal["stopped", "crashed", "failed"]
     reason: str                       # one sentence for a person
     # Stable. Stopped: asked, exit-port, halted, reset, no-boot. Crashed: triple-fault, host-limit,
-    # guest-error, unsupported, engine, internal. Failed: memory, image, host-limit, engine, start.
+    # guest-error, unsupported, engine, internal. Failed: memory, image, host-limit, host-busy
+    # (another hypervisor holds VT-x or AMD-V), engine, start.
     code: str
     exit_code: int | None = None
     instruction: str | None = None    # capstone's text of the instruction at RIP

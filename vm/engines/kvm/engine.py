@@ -41,6 +41,7 @@ from ..base import (
 )
 from . import abi
 from .api import Kvm, Vcpu, Vm, address_of
+from .errors import is_busy, refusal
 
 __all__ = ["KvmCpu", "create"]
 
@@ -83,7 +84,7 @@ class KvmCpu:
             self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
             self._vcpu.set_cpuid(self._kvm.supported_cpuid())
         except OSError as error:
-            raise HostLimit(f"this host's KVM refused to make a VM: {error}") from error
+            raise HostLimit(refusal(error), busy=is_busy(error)) from error
         self._page = self._vcpu.page
         self._registers = abi.Registers()
         self._register_words = (ctypes.c_uint64 * 18).from_buffer(self._registers)
@@ -173,6 +174,10 @@ class KvmCpu:
             return self._internal_error(union[0])
         if code == abi.ExitCode.FAIL_ENTRY:
             reason = struct.unpack_from("<Q", self._page, _UNION)[0]
+            if reason == 0:
+                # No reason of the processor's: it was not in VMX operation any more.
+                return Exit(ExitReason.HOST_LIMIT, "the processor refused to enter the guest without a reason (0x0):"
+                            " another hypervisor took VT-x or AMD-V away, as VirtualBox can; stop its VMs")
             return Exit(ExitReason.UNSUPPORTED,
                         f"the processor refused to enter the guest (hardware reason {reason:#x}):"
                         " its state is not one that VT-x or AMD-V can run")
