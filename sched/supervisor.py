@@ -225,13 +225,17 @@ class Scheduler:
         self._table.bump()
         await self._plan()
 
+    def schedules(self, vm: str) -> bool:
+        """Whether the VM is admitted, and not on its way out."""
+        return any(not vcpu.leaving for vcpu in self._table.of(vm))
+
     async def set_parameters(
         self, vm: str, *, weight: int | None = None, cap: float | None = None,
         reservation: float | None = None, cpus: frozenset[int] | None = None,
     ) -> None:
         """Change a scheduled VM's parameters. Raises AdmissionRefused, and changes nothing then."""
         mine = self._table.of(vm)
-        if not mine or self._closing:
+        if not self.schedules(vm) or self._closing:
             raise AdmissionRefused(f"VM {vm!r} is not scheduled")
         was = mine[0]
         weight = was.weight if weight is None else weight

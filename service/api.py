@@ -14,7 +14,10 @@ Control, JSON, every answer an object with `schema`:
     GET  /v1/vms/{name}/exits?limit=N     exits by reason, instruction and address, the most first
     POST /v1/vms/{name}/profile           {"hz": n, "seconds": s}: take samples; the answer comes at once
     POST /v1/vms/{name}/profile-end       ends it if it has not ended; what was sampled
+    POST /v1/vms/{name}/parameters        {"weight": n, "cap": n, "reservation": n, "cpus": "0-3"}: those to change
     GET  /v1/warnings
+    GET  /v1/policy                       [scheduler] as it is in force
+    POST /v1/policy                       keys of it with new values; the whole of it as in force then
     GET  /v1/recording?seconds=N          slices of the last N seconds (all that are kept), JSON lines
     POST /v1/shutdown
 
@@ -93,7 +96,10 @@ def control_app(backend: Backend) -> Starlette:
             Route(vm + "/exits", control.exits, methods=["GET"]),
             Route(vm + "/profile", control.profile, methods=["POST"]),
             Route(vm + "/profile-end", control.profile_end, methods=["POST"]),
+            Route(vm + "/parameters", control.set_parameters, methods=["POST"]),
             Route(vm + "/{action}", control.act, methods=["POST"]),
+            Route("/v1/policy", control.policy, methods=["GET"]),
+            Route("/v1/policy", control.set_policy, methods=["POST"]),
             Route("/v1/warnings", control.warnings, methods=["GET"]),
             Route("/v1/recording", control.recording, methods=["GET"]),
             Route("/v1/shutdown", control.shutdown, methods=["POST"]),
@@ -184,6 +190,17 @@ class _Control:
 
     async def warnings(self, _request: Request) -> Response:
         return _answer({"warnings": to_json(self._backend.snapshot().warnings)})
+
+    async def policy(self, _request: Request) -> Response:
+        return _answer({"scheduler": await self._backend.set_policy({})})
+
+    async def set_policy(self, request: Request) -> Response:
+        return _answer({"scheduler": await self._backend.set_policy(await _body(request))})
+
+    async def set_parameters(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self._find(name)
+        return _answer({"name": name, "parameters": await self._backend.set_parameters(name, await _body(request))})
 
     async def recording(self, request: Request) -> Response:
         text = request.query_params.get("seconds")

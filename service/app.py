@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ from .children import open_zygote
 from .machine import Machine, MachineContext
 from .mixed import Mixed
 from .rivals import Rivals
+from .sharing import PARAMETERS, changed_scheduler, changed_vm, scheduler_settings
 from .statedir import StateDir
 from .warnings import Board
 
@@ -105,6 +106,7 @@ class Service:
         sandbox: bool = True,
     ) -> None:
         self.config = config
+        self.scheduling = config.scheduler     # [scheduler] as it is in force
         self.facts = facts or HostFacts.read()
         self.board = Board()
         self.ready = False
@@ -117,6 +119,7 @@ class Service:
         self._scheduler: Scheduler | None = None
         self._record_from = 0.0            # when trouble is recorded again
         self._shutdown = trio.Event()
+        self._sharing = trio.Lock()            # one change of how CPUs are shared at a time
         self._cached: tuple[float, Snapshot] | None = None
         self.vm_cpus = vm_cpus(config, self.facts.cpus)
         self.decisions = _decide(config, self.facts)
@@ -161,8 +164,6 @@ class Service:
                 metrics_app(self), tcp=listen, task_status=task_status))
 
     async def _run_vms(self, state: StateDir, task_status: trio.TaskStatus[None]) -> None:
-        scheduler_config = self.config.scheduler
-
         def scheduler_warns(
             code: str, severity: Literal["info", "warning", "critical"], message: str, advice: str,
         ) -> None:
@@ -175,10 +176,9 @@ class Service:
         async with open_zygote() as zygote, trio.open_nursery() as nursery:
             scheduler = Scheduler(
                 cpus=self.vm_cpus, dispatch=self.config.host.dispatch,
-                slice_ns=scheduler_config.slice_us * 1000,
-                ratelimit_ns=scheduler_config.ratelimit_us * 1000,
-                migrate_resist_ns=scheduler_config.migrate_resist_us * 1000,
-                spawn=zygote.spawn, warn=scheduler_warns)
+                spawn=zygote.spawn, warn=scheduler_warns, unwarn=self.board.clear,
+                siblings={cpu.cpu: frozenset(cpu.siblings) for cpu in self.facts.topology},
+                **scheduler_settings(self.scheduling))
             try:
                 await nursery.start(scheduler.run)
             except DispatchRefused as error:
@@ -336,6 +336,31 @@ class Service:
     async def ask(self, name: str, op: str, **arguments: Any) -> dict[str, Any]:
         return await self.machine(name).ask(op, **arguments)
 
+    async def set_policy(self, change: Mapping[str, Any]) -> dict[str, Any]:
+        if change:
+            async with self._sharing:
+                if self._scheduler is None or not self.ready:
+                    raise ServiceError("the service is starting or ending; try again")
+                new = changed_scheduler(self.scheduling, change)
+                await self._scheduler.set_policy(**scheduler_settings(new))
+                self.scheduling = new
+            log.info(f"VMs are scheduled by the policy {new.policy}", code="policy-changed", **change)
+            self.mixed.schedule(new.policy)
+            self._cached = None
+        return self.scheduling.model_dump()
+
+    async def set_parameters(self, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
+        machine = self.machine(name)
+        if change:
+            async with self._sharing:
+                new = changed_vm(
+                    machine.config, change, vm_cpus=self.vm_cpus, limits=self.facts.limits,
+                    others=[m.config for m in self._machines.values() if m is not machine])
+                await machine.set_parameters(new, frozenset(new.cpus or self.vm_cpus))
+            log.info(f"the parameters of {name} have changed", code="vm-changed", vm=name, **change)
+            self._cached = None
+        return {key: getattr(machine.config, key) for key in PARAMETERS}
+
     def recording(self, seconds: float | None) -> PackedRecording:
         if self._scheduler is None:
             raise ServiceError("the service is starting; try again")
@@ -361,10 +386,10 @@ class Service:
                 cpu_model=facts.cpu_model, cpus=facts.online_cpus, vm_cpus=self.vm_cpus,
                 memory_bytes=facts.memory_bytes),
             scheduler=SchedulerSnapshot(
-                policy=self.config.scheduler.policy,
+                policy=self.scheduling.policy,
                 dispatch=statistics.dispatch if statistics else "plain",
                 dispatch_reason=statistics.dispatch_reason if statistics else "not started yet",
-                slice_ns=self.config.scheduler.slice_us * 1000,
+                slice_ns=self.scheduling.slice_us * 1000,
                 fairness=statistics.fairness if statistics else None,
                 errors=statistics.errors if statistics else {},
                 guard=cast("GuardState", statistics.guard) if statistics else "absent"),

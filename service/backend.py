@@ -6,6 +6,7 @@ it, and tests put a fake in its place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 from ..metrics.snapshot import Snapshot
@@ -64,6 +65,14 @@ class Backend(Protocol):
 
     async def ask(self, name: str, op: str, **arguments: Any) -> dict[str, Any]:
         """An operation of the worker protocol (`screen`, `keys`, `serial`, ...). Raises ServiceError."""
+        ...
+
+    async def set_policy(self, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Change keys of [scheduler] (none: nothing) and return all of it as in force. Raises ServiceError."""
+        ...
+
+    async def set_parameters(self, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Change a VM's weight, cap, reservation or cpus; all four as in force. Raises ServiceError."""
         ...
 
     def recording(self, seconds: float | None) -> PackedRecording:

@@ -92,6 +92,15 @@ class Client:
     def calls(self, name: str) -> dict[str, Any]:
         return self._call("GET", _vm(name, "calls"))
 
+    def policy(self, change: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The keys of [scheduler] as in force, after *change* of some of them."""
+        answer = self._call("POST", "/v1/policy", change) if change else self._call("GET", "/v1/policy")
+        return answer["scheduler"]
+
+    def set_parameters(self, name: str, change: dict[str, Any]) -> dict[str, Any]:
+        """`weight`, `cap`, `reservation`, `cpus` as in force after the change."""
+        return self._call("POST", _vm(name, "parameters"), change)["parameters"]
+
     def why(self, name: str) -> dict[str, Any]:
         """`state`, `reason`, `registers`, `report` ... (service/machine.py)."""
         return self._call("GET", _vm(name, "why"))

@@ -26,7 +26,7 @@ import trio
 from ..config.model import VmConfig
 from ..metrics.snapshot import ModeAlternative, VcpuSnapshot, VmSnapshot
 from ..sched.accounts import VcpuFigures
-from ..sched.supervisor import Scheduler, VcpuThread
+from ..sched.supervisor import AdmissionRefused, Scheduler, VcpuThread
 from ..vm.engines.base import EXIT_KINDS
 from ..vm.lifecycle import ENDED, IllegalMove, Phase, Signal, decide_restart, move
 from ..vm.modes import ModeDecision
@@ -186,6 +186,20 @@ class Machine:
         if sign is Signal.KILL:
             life.kill.set()
         await life.over.wait()
+
+    async def set_parameters(self, config: VmConfig, cpus: frozenset[int]) -> None:
+        """Weight, cap, reservation and host CPUs as *config* and *cpus* say, from now on and at every
+        later start. Raises Conflict where they cannot be had, and changes nothing then.
+        """
+        scheduler = self._context.scheduler
+        if scheduler.schedules(self.name):
+            try:
+                await scheduler.set_parameters(
+                    self.name, weight=config.weight, cap=config.cap / 100,
+                    reservation=config.reservation / 100, cpus=cpus)
+            except AdmissionRefused as error:
+                raise Conflict(f"{self.name} stays as it is: {error}") from error
+        self.config, self.cpus = config, cpus
 
     async def pause(self) -> None:
         async with self._switching:

@@ -40,6 +40,11 @@ class Mixed:
         self._seen: dict[tuple[str, int], float] = {}      # (VM, host CPU) -> when last
         self._cost: MeasuredCost | None = None
 
+    def schedule(self, policy: str) -> None:
+        """The policy in force is another one."""
+        self._policy = policy
+        self.update()
+
     async def watch(self) -> None:
         while True:
             self.update()

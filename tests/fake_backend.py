@@ -13,12 +13,14 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import trio
 
+from mixvisor.config.model import SchedulerConfig, VmConfig
+from mixvisor.config.rules import HostLimits
 from mixvisor.metrics.snapshot import (
     DECISION_BOUNDS_NS,
     LATENESS_BOUNDS_NS,
@@ -36,6 +38,7 @@ from mixvisor.metrics.snapshot import (
 from mixvisor.sched.recorder import FlightRecorder, PackedRecording
 from mixvisor.sched.shared import SliceRecord
 from mixvisor.service.backend import Action, Conflict, Denied, NotFound, TimedOut
+from mixvisor.service.sharing import PARAMETERS, changed_scheduler, changed_vm
 
 __all__ = ["FakeBackend", "FakeService", "make_vm"]
 
@@ -119,6 +122,8 @@ class FakeBackend:
         self.key_room = 15
         self.actions: list[tuple[str, Action]] = []
         self.stopping = trio.Event()
+        self.scheduling = SchedulerConfig()
+        self.parameters: dict[str, VmConfig] = {}
         self.ready = True
 
     def snapshot(self) -> Snapshot:
@@ -167,6 +172,21 @@ class FakeBackend:
                 dispatch_reason="real-time priorities are permitted and a CPU is left to the rest",
                 errors={}, guard="watching"),
             cpus=(cpu,), vms=tuple(vms), warnings=warnings)
+
+    async def set_policy(self, change: Mapping[str, Any]) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        if change:
+            self.scheduling = changed_scheduler(self.scheduling, change)
+        return self.scheduling.model_dump()
+
+    async def set_parameters(self, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
+        self._known(name)
+        await trio.lowlevel.checkpoint()
+        vm = self.parameters.get(name) or VmConfig.model_validate({"name": name, "boot": {"guest": "alu"}})
+        if change:
+            vm = self.parameters[name] = changed_vm(
+                vm, change, others=(), vm_cpus=(1,), limits=HostLimits((0, 1), 8 << 30))
+        return {key: getattr(vm, key) for key in PARAMETERS}
 
     def recording(self, seconds: float | None) -> PackedRecording:
         """Two VMs in turn on CPU 1, 10 ms each, for a second."""

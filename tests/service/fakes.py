@@ -181,6 +181,15 @@ class FakeScheduler:
         self.paused.discard(vm)
         await trio.lowlevel.checkpoint()
 
+    def schedules(self, vm: str) -> bool:
+        return vm in self.admitted
+
+    async def set_parameters(self, vm: str, **parameters: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.trouble:
+            raise self.trouble
+        self.journal.append(f"set {parameters}")
+
     def forget(self, vm: str) -> None:
         assert self.gone or vm not in self.admitted
 
