@@ -31,6 +31,8 @@ COMMANDS: Final = {
     "kill": ("control", "kill"),
     "pause": ("control", "pause"),
     "resume": ("control", "resume"),
+    "set": ("sharing", "set_"),
+    "policy": ("sharing", "policy"),
     "console": ("console", "console"),
     "why": ("why", "why"),
     "exits": ("exits", "exits"),
