@@ -159,7 +159,8 @@ class Crew:
         """Let the kernel alone schedule, or no longer: dispatchers of the other sort take over."""
         if wanted != self._to_kernel:
             self._to_kernel = wanted
-            self._tell_to_leave()
+            if self._table.shared is not None:
+                self._tell_to_leave()
 
     def follow(self, epoch: int) -> bool:
         """Whether every dispatcher has seen *epoch*, and none is about to be replaced."""

@@ -166,6 +166,17 @@ class Runqueue:
         for entry in self._awake:
             self._set_v(entry, entry.v)
 
+    def take_over(self, other: Runqueue) -> None:
+        """Go on with the vCPUs of *other*, which is no longer used: their lags, caps and budgets stay
+        exactly as they are, only what is decided about them is this queue's from now on.
+        """
+        self._entries, self._awake, self._capped = other._entries, other._awake, other._capped
+        self._virtual, self._weight = other._virtual, other._weight
+        self._current, self._picked_at_ns = other._current, other._picked_at_ns
+        self._clock_ns = other._clock_ns
+        for entry in self._awake:
+            self._set_v(entry, entry.v)
+
     # -- time --------------------------------------------------------------------------------
 
     def advance(self, elapsed_ns: int) -> None:

@@ -184,3 +184,20 @@ def test_every_policy_makes_a_run_queue_and_says_what_it_is():
         assert queue.pick() == 0
     assert type(POLICIES["fair"].runqueue(SLICE, 0)) is Runqueue
     assert type(POLICIES["batch"].runqueue(SLICE, 0)) is BatchRunqueue
+
+
+@pytest.mark.parametrize(("first", "second"), [("fair", "batch"), ("batch", "fair"), ("batch", "partition")])
+def test_another_policy_takes_over_every_lag_and_budget_exactly(first, second):
+    old, new = POLICIES[first].runqueue(SLICE, 0), POLICIES[second].runqueue(2 * SLICE, 0)
+    for slot in range(4):
+        old.add(slot, (slot + 1) / 10, mode=slot % 2)
+    old.set_cap(3, 0.4)
+    for ran in range(1, 30):
+        slot = old.pick()
+        old.advance(ran * MS // 4)
+        old.charge(slot, ran * MS // 4)
+    old.sleep(2)
+    seen = [(old.lag_ns(slot), old.budget_ns(slot), old.is_awake(slot), old.is_parked(slot)) for slot in range(4)]
+    new.take_over(old)
+    assert [(new.lag_ns(s), new.budget_ns(s), new.is_awake(s), new.is_parked(s)) for s in range(4)] == seen
+    assert new.pick() is not None
