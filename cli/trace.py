@@ -82,7 +82,7 @@ def _opened(target: Path) -> Iterator[IO[str]]:
 def _write(out: IO[str], recording: Recording) -> None:
     from ..metrics.trace import TraceMark, write_trace
     marks = () if recording.reason == ASKED_FOR else (TraceMark(recording.taken_ns, recording.reason),)
-    write_trace(out, _slices(recording), title=f"Mixvisor, {recording.reason}", marks=marks)
+    write_trace(out.write, _slices(recording), title=f"Mixvisor, {recording.reason}", marks=marks)
 
 
 def _slices(recording: Recording) -> Iterator[TraceSlice]:

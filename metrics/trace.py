@@ -15,9 +15,9 @@ Where it is poor: text, about 150 bytes a slice; Perfetto opens some hundreds of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 __all__ = ["TraceMark", "TraceSlice", "write_trace"]
 
@@ -46,36 +46,32 @@ class TraceMark:
     name: str
 
 
-class _Out(Protocol):
-    def write(self, text: str, /) -> object: ...
-
-
 def write_trace(
-    out: _Out, slices: Iterable[TraceSlice], *, title: str, marks: Sequence[TraceMark] = (),
+    write: Callable[[str], object], slices: Iterable[TraceSlice], *, title: str, marks: Sequence[TraceMark] = (),
 ) -> int:
-    """Write a whole file to `out`, in pieces; returns how many slices it has."""
+    """A whole file, given to `write` in pieces; returns how many slices it has."""
     tracks: dict[int, list[TraceSlice]] = {}
     for one in slices:
         if one.end_ns > one.start_ns:
             tracks.setdefault(one.cpu, []).append(one)
     base = min((track[0].start_ns for track in map(_in_order, tracks.values())), default=0)
-    out.write('{"displayTimeUnit":"ns","otherData":{"title":' + json.dumps(title) + '},"traceEvents":[\n')
-    out.write(_event("M", pid=1, name="process_name", args={"name": "Host CPUs"}))
+    write('{"displayTimeUnit":"ns","otherData":{"title":' + json.dumps(title) + '},"traceEvents":[\n')
+    write(_event("M", pid=1, name="process_name", args={"name": "Host CPUs"}))
     count = 0
     for cpu in sorted(tracks):
         # tid 0 is the idle task's, so count from 1.
         who = {"pid": 1, "tid": cpu + 1}
-        out.write(",\n" + _event("M", **who, name="thread_name", args={"name": f"CPU {cpu}"}))
-        out.write(",\n" + _event("M", **who, name="thread_sort_index", args={"sort_index": cpu}))
+        write(",\n" + _event("M", **who, name="thread_name", args={"name": f"CPU {cpu}"}))
+        write(",\n" + _event("M", **who, name="thread_sort_index", args={"sort_index": cpu}))
         for mode, members in _runs(tracks[cpu]):
             if mode:
-                out.write(",\n" + _slice(cpu, members[0].start_ns, members[-1].end_ns, base, mode, mode, {}))
+                write(",\n" + _slice(cpu, members[0].start_ns, members[-1].end_ns, base, mode, mode, {}))
             for one in members:
                 count += 1
-                out.write(",\n" + _slice(cpu, one.start_ns, one.end_ns, base, one.name, mode, one.args))
+                write(",\n" + _slice(cpu, one.start_ns, one.end_ns, base, one.name, mode, one.args))
     for mark in marks:
-        out.write(",\n" + _event("i", pid=1, tid=1, name=mark.name, s="g", ts=max(0, mark.at_ns - base) / 1000))
-    out.write("\n]}\n")
+        write(",\n" + _event("i", pid=1, tid=1, name=mark.name, s="g", ts=max(0, mark.at_ns - base) / 1000))
+    write("\n]}\n")
     return count
 
 
@@ -86,6 +82,7 @@ def _in_order(track: list[TraceSlice]) -> list[TraceSlice]:
         one, following = track[at], track[at + 1]
         if one.end_ns > following.start_ns:
             track[at] = TraceSlice(one.cpu, one.start_ns, following.start_ns, one.name, one.mode, one.args)
+    track[:] = [one for one in track if one.end_ns > one.start_ns]
     return track
 
 

@@ -17,7 +17,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 10**7), st.integers
 
 def events(slices: list[TraceSlice], marks: tuple[TraceMark, ...] = ()) -> list[dict]:
     out = io.StringIO()
-    write_trace(out, slices, title="a \"title\"", marks=marks)
+    write_trace(out.write, slices, title="a \"title\"", marks=marks)
     return json.loads(out.getvalue())["traceEvents"]
 
 

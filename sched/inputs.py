@@ -1,0 +1,79 @@
+"""What a run queue was told and what it answered, written down so that it can be asked again.
+
+Theory.  A policy's run queue (policy/) is a state machine without a clock: its answers follow from
+the calls before them and from nothing else. So the list of calls, from an empty queue on, is all
+that is needed to take every decision again, anywhere: `Logged` forwards calls and notes each with
+its answer; sched/simulate/replay.py makes them once more and compares. Times, charges, sleeps and
+wakes are in it exactly as the dispatcher measured them; slice records (shared.py) are not enough
+for this, for they have sums where the queue was charged one by one.
+
+Form (`InputLog`).  JSON lines: a head with policy and settings, then `[cpu, call, arguments, answer]`.
+JSON keeps a double exactly.
+
+Where it is poor: it begins with empty queues, so it has to be on from the start; a microsecond or
+two a call. Where it is off it costs nothing, for then there is no `Logged`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Final
+
+from .policy import Batching, Runqueue
+
+__all__ = ["CALLS", "FORMAT", "InputLog", "Logged", "Note"]
+
+FORMAT: Final = 1
+# Every call that changes a run queue or that a dispatcher acts on, and how many arguments it takes.
+CALLS: Final = {
+    "add": 4, "remove": 1, "set_rate": 2, "set_slice": 2, "set_cap": 3, "advance": 1, "charge": 2, "sleep": 1,
+    "wake": 1, "pick": 1, "slice_ns": 1, "unpark_in_ns": 0, "is_parked": 1, "lag_ns": 1, "budget_ns": 1,
+}
+_OPTIONAL: Final = {"add": (0, 0), "set_slice": (None,), "set_cap": (None,), "pick": (None,)}
+
+Note = Callable[[str, tuple[Any, ...], Any], None]
+
+
+class Logged:
+    """A run queue that tells `note(call, arguments, answer)` of every call; else it is that queue."""
+
+    def __init__(self, queue: Runqueue, note: Note) -> None:
+        self._queue = queue
+        for name, count in CALLS.items():
+            setattr(self, name, _noting(name, count, getattr(queue, name), note))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
+def _noting(name: str, count: int, call: Callable[..., Any], note: Note) -> Callable[..., Any]:
+    rest = _OPTIONAL.get(name, ())
+
+    def noting(*arguments: Any) -> Any:
+        answer = call(*arguments)
+        if len(arguments) < count:
+            arguments += rest[len(arguments) - count:]
+        note(name, arguments, answer)
+        return answer
+
+    return noting
+
+
+class InputLog:
+    """Writes a log; `write` is given a line at a time."""
+
+    def __init__(
+        self, write: Callable[[str], object], *, policy: str, slice_ns: int, ratelimit_ns: int, batching: Batching,
+    ) -> None:
+        self._write = write
+        write(json.dumps({"mixvisor_inputs": FORMAT, "policy": policy, "slice_ns": slice_ns,
+                          "ratelimit_ns": ratelimit_ns, "batching": asdict(batching)}) + "\n")
+
+    def follow(self, cpu: int, queue: Runqueue) -> Logged:
+        """The run queue of a host CPU, empty as yet, to be used from now on."""
+        def note(call: str, arguments: tuple[Any, ...], answer: Any) -> None:
+            self._write(json.dumps([cpu, call, arguments, answer], separators=(",", ":")) + "\n")
+
+        return Logged(queue, note)

@@ -1,0 +1,107 @@
+"""Recorded inputs of run queues (sched/inputs.py), fed to the same policy again.
+
+Theory.  A run queue answers from what it was told alone. So the same calls must get the same answers,
+bit for bit: every pick, every length of a slice, every lag. Where one differs, the policy is not
+the one that recorded, or it looked at something that it must not look at.
+
+Invariant.  Believes nothing of a file: only the calls of `CALLS` are made, with numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..inputs import CALLS, FORMAT
+from ..policy import POLICIES, Batching, Policy, Runqueue
+
+__all__ = ["Difference", "ReplayError", "Replayed", "replay"]
+
+SHOWN: Final = 10
+CPUS_MAX: Final = 1 << 16
+
+
+class ReplayError(ValueError):
+    """The text is no recording of inputs; says which line and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    line: int
+    cpu: int
+    call: str
+    recorded: object
+    answered: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    policy: str
+    cpus: int
+    calls: int
+    decisions: int                        # picks among them
+    differing: int                        # answers that were not the recorded ones
+    first: tuple[Difference, ...]         # of those
+
+
+def replay(lines: Iterable[str]) -> Replayed:
+    """Make every call again. Raises ReplayError."""
+    source = iter(lines)
+    policy, settings = _head(next(source, ""))
+    queues: dict[int, Runqueue] = {}
+    calls = decisions = differing = 0
+    first: list[Difference] = []
+    for number, line in enumerate(source, 2):
+        cpu, call, arguments, recorded = _call(number, line)
+        queue = queues.get(cpu)
+        if queue is None:
+            queue = queues[cpu] = policy.runqueue(*settings)
+        try:
+            answered = getattr(queue, call)(*arguments)
+        except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+            raise ReplayError(f"line {number}: {call} cannot be made: {error}") from error
+        calls += 1
+        decisions += call == "pick"
+        if answered != recorded:
+            differing += 1
+            if len(first) < SHOWN:
+                first.append(Difference(number, cpu, call, recorded, answered))
+    return Replayed(policy=policy.name, cpus=len(queues), calls=calls, decisions=decisions, differing=differing,
+                    first=tuple(first))
+
+
+def _head(line: str) -> tuple[Policy, tuple[int, int, Batching]]:
+    head = _parsed(1, line)
+    if not isinstance(head, dict) or head.get("mixvisor_inputs") != FORMAT:
+        raise ReplayError(f"line 1 is not the head of recorded inputs of format {FORMAT}")
+    policy, batching = head.get("policy"), head.get("batching")
+    if policy not in POLICIES or not isinstance(batching, dict):
+        raise ReplayError(f"line 1: unknown policy {policy!r}; there are: {', '.join(POLICIES)}")
+    try:
+        settings = (head["slice_ns"], head["ratelimit_ns"], Batching(**batching))
+        POLICIES[policy].runqueue(*settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplayError(f"line 1: its settings cannot be used: {error}") from error
+    return POLICIES[policy], settings
+
+
+def _call(number: int, line: str) -> tuple[int, str, list[Any], Any]:
+    row = _parsed(number, line)
+    if not isinstance(row, list) or len(row) != 4 or type(row[0]) is not int or not 0 <= row[0] < CPUS_MAX:
+        raise ReplayError(f"line {number} is no call: expected [cpu, call, arguments, answer]")
+    cpu, call, arguments, recorded = row
+    if not isinstance(call, str) or call not in CALLS:
+        raise ReplayError(f"line {number}: a run queue has no call {call!r}")
+    if not isinstance(arguments, list) or len(arguments) != CALLS[call] or not all(
+            value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in arguments):
+        raise ReplayError(f"line {number}: {call} takes {CALLS[call]} numbers")
+    return cpu, call, arguments, recorded
+
+
+def _parsed(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        raise ReplayError(f"line {number} is not JSON") from None
