@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "run": ("serve", "run"),
     "check": ("files", "check"),
     "schema": ("files", "schema"),
+    "simulate": ("simulate", "simulate"),
     "scan": ("scan", "scan"),
     "ps": ("show", "ps"),
     "top": ("show", "top"),
