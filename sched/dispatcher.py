@@ -19,18 +19,18 @@ competes from the next slice; one that is ahead of its share waits like anybody 
 is worn off. So waking early gains latency, never time, and so does lying about it.
 
 Breathing (precise only).  The kernel freezes real-time threads that never leave the CPU to
-others; so for 2 ms of every 20 nothing of ours is. The pick stays the same, as SCHED_OTHER;
-those that wait are stopped meanwhile, because the fair class is not exact over so short a time
-(linux.py); those that doze are left alone. After a breath, `READY` of them go on and wait at FIFO 1, in case that the
-pick falls asleep; any more stay stopped until they are picked. So a breath costs the same for
-five as for five hundred. The edges are laid on slice ends where that is possible.
+others; so for a tenth of the time nothing of ours is: 2 to 5 ms of every 20 to 50, whole slices
+where they are that short, so that the edges are slice ends and wake nobody. The picked one runs
+as SCHED_OTHER then; those that wait are stopped, because the fair class is not exact over so
+short a time (linux.py); those that doze are left alone. After a breath, `READY` of them go on
+and wait at FIFO 1, in case that the pick falls asleep; any more stay stopped until they are
+picked. So a breath costs the same for five as for five hundred.
 
 Never waits for the supervisor: a stale heartbeat, `halt` or any error of its own ends in every
 thread given back. Where it is poor: a pick that falls asleep in mid-slice leaves the rest of
 the slice to the kernel's choice among the others (billed, and corrected in the next slices); if
 it does so in a breath, or with all of those that are ready, the CPU idles for the rest of it. A
-step wakes to cold caches, and its price grows with who is awake: on a busy 2-core virtual machine
-at 5 ms slices 107 to 172 µs of CPU a slice with 8 VMs, 204 to 257 with 30; a bare loop pays 45 to 60.
+step wakes to cold caches, which makes it seven times as dear as a warm one (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ UNEXPLAINED_NS: Final = 150_000          # of a slice: interrupts, the timer, ou
 READ_ALL_WITHIN_NS: Final = 250_000_000  # each thread is read at least this often
 COMPUTING: Final = 4                     # asleep by its own word, yet ran over 1/4 of the time
 READY: Final = 4                         # waiting vCPUs that a breath's end lets go on
+BREATH_NS: Final = 2_000_000             # shorter ones cost more than they give
+BREATH_MAX_NS: Final = 5_000_000         # at ten times that the kernel is still far from freezing
+BREATHLESS: Final = 9                    # breaths between one and the next
 HEARTBEAT_EVERY_NS: Final = 20_000_000
 FOREVER: Final = 1 << 62
 _NOTHING: Final = (0, 0)
@@ -117,8 +120,6 @@ class Settings:
     cpu: int
     index: int                      # of its block in the shared table
     home_cpus: tuple[int, ...]      # where a thread may run that is given back
-    breath_on_ns: int = 18_000_000
-    breath_off_ns: int = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,13 @@ class Inbox(Protocol):
     def drain(self) -> Iterable[tuple[int, Parcel]]:
         """(slot, parcel) of every vCPU announced since the last call. Never waits."""
         ...
+
+
+def breath_ns(slice_ns: int) -> int:
+    """How long a breath lasts: whole slices where they are short."""
+    if slice_ns > BREATH_MAX_NS:
+        return BREATH_MAX_NS
+    return -(-BREATH_NS // slice_ns) * slice_ns
 
 
 @dataclass(slots=True, eq=False)
@@ -169,8 +177,8 @@ class Dispatcher:
 
     # Beyond thirty attributes CPython gives up its fast access, except by slots.
     __slots__ = (
-        "_base", "_beat_seen", "_breathes", "_breathing", "_capped", "_credit", "_debtors", "_decision",
-        "_early_edge", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
+        "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit", "_debtors", "_decision",
+        "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
         "_plain", "_queue", "_relevel", "_retry", "_ring", "_settings", "_shared", "_slice_breath",
         "_slice_edge_late", "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress",
         "_slice_start", "_states", "_turn", "_vcpus", "_words",
@@ -208,10 +216,10 @@ class Dispatcher:
         self._beat_seen = now
         self._breathes = settings.kind == "precise"
         self._breathing = False
-        self._edge = now + settings.breath_on_ns if self._breathes else FOREVER
+        self._breath_ns = breath_ns(self._slice_ns)
+        self._edge = now + BREATHLESS * self._breath_ns if self._breathes else FOREVER
         self._edge_at = now
-        # The ratio stays near 18 : 2 if an edge is laid early by a quarter at most.
-        self._early_edge = settings.breath_on_ns * 3 // 4
+        self._early = self._slice_ns * 3 // 4
         self._states = linux.states_of(settings.kind)
         self._plain = settings.kind == "plain"
         self._debtors: list[_Vcpu] = []    # those with a `doze_at`, and some that had one
@@ -234,15 +242,24 @@ class Dispatcher:
             explained = self._finish(now)
             if words[_EPOCH] != self._epoch or self._retry:
                 self._sync(now)
-            self._observe(now, explained)
-            self._decide(now)
-            if self._breathes and not self._breathing and self._edge < self._slice_end \
-                    and now - self._edge_at >= self._early_edge:
-                # The coming slice would be cut by the edge: better to lay it here.
-                self._breathe(now)
-        if now >= self._edge:
+            pick = self._pick
+            if explained and pick is not None and pick.awake and not self._debtors \
+                    and pick.status is not None and pick.status[_PHASE] not in _SLEEPING:
+                pick.ran = 0             # the usual slice: nothing changed
+            else:
+                self._observe(now, explained)
+            if self._edge - now < self._early:
+                self._cross_edge(now)
+                self._decide(now)
+                self._follow_breath()
+            else:
+                self._decide(now)
+        elif now >= self._edge:
             self._slice_edge_late = max(self._slice_edge_late, now - self._edge)
-            self._breathe(now)
+            if self._breathing:
+                self._slice_breath += now - max(self._edge_at, self._slice_start)
+            self._cross_edge(now)
+            self._follow_breath()
         end, edge = self._slice_end, self._edge
         return end if end < edge else edge
 
@@ -348,6 +365,7 @@ class Dispatcher:
         if words[HEADER["slice_ns"]] != self._slice_ns:
             self._slice_ns = words[HEADER["slice_ns"]]
             self._queue.set_slice(self._slice_ns, words[HEADER["ratelimit_ns"]])
+            self._breath_ns = breath_ns(self._slice_ns)
         for slot, parcel in self._inbox.drain():
             self._parcels[slot] = parcel
         for vcpu in list(self._vcpus.values()):
@@ -667,17 +685,18 @@ class Dispatcher:
 
     # -- breathing ---------------------------------------------------------------------------
 
-    def _breathe(self, now: int) -> None:
-        settings = self._settings
-        if self._breathing:
-            self._slice_breath += now - max(self._edge_at, self._slice_start)
-            self._edge = now + settings.breath_on_ns
-        else:
-            self._edge = now + settings.breath_off_ns
+    def _cross_edge(self, now: int) -> None:
+        """Into a breath or out of it: what the levels mean from now on."""
         self._breathing = not self._breathing
         self._edge_at = now
-        self._states = linux.states_of(settings.kind, breathing=self._breathing)
-        # The picked one first, for the reason given in _decide.
+        phase = self._breath_ns * (1 if self._breathing else BREATHLESS)
+        self._edge = now + phase
+        # A slice's end may stand for an edge that would cut the next slice.
+        self._early = min(self._slice_ns * 3, phase) // 4
+        self._states = linux.states_of(self._settings.kind, breathing=self._breathing)
+
+    def _follow_breath(self) -> None:
+        """Everybody to what their level means now; the picked one first, as in _decide."""
         pick = self._pick
         if pick is not None:
             self._apply(pick, pick.level)

@@ -15,7 +15,7 @@ In the kind `plain` every level is the kernel's own scheduling.
 
 Facts of the kernel this rests on (reference/measurement.md):
 - While only FIFO threads run on a CPU the kernel freezes all of them for 50 ms every second.
-  Breathing (2 ms of every 20 outside FIFO) never lets it come to that.
+  Breathing (a tenth of the time outside FIFO) never lets it come to that.
 - The fair class keeps what a thread was owed when it left it, and lets a SCHED_IDLE thread that
   is owed a microsecond run until the next tick (4 ms). So SCHED_IDLE is exact over
   seconds and wrong over milliseconds: in a breath, those that wait are taken off the run queue.

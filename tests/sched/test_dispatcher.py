@@ -370,8 +370,29 @@ def test_breathing_never_leaves_real_time_for_long(host: Host) -> None:
         longest = max(longest, host.now - last_breath)
     records = host.reader.read()
     share = sum(r.breath_ns for r in records) / sum(r.end_ns - r.start_ns for r in records)
-    assert longest <= 20_000_000
+    assert longest <= 50_000_000
     assert 0.06 < share < 0.15          # the kernel's limit is 5 % away from real-time
+
+
+@pytest.mark.parametrize("slice_ms", [1, 2, 3, 5, 8, 20])
+def test_a_breath_is_a_tenth_of_the_time_and_wakes_nobody_of_its_own(slice_ms: int) -> None:
+    shared = Shared.create([1], slots=16, ring_records=4096)
+    shared.set("slice_ns", slice_ms * 1_000_000)
+    shared.set("guard_timeout_ns", 1 << 60)
+    host = Host(shared=shared)
+    for slot in range(3):
+        host.add(slot, 0.3)
+    steps = 1000
+    for _ in range(steps):
+        host.go(1)
+        host.now += 30_000                  # each wake-up comes a little late
+    records = host.reader.read()
+    share = sum(r.breath_ns for r in records) / sum(r.end_ns - r.start_ns for r in records)
+    assert 0.06 < share < 0.15
+    edges_alone = steps - len(records)
+    assert edges_alone <= (5 if slice_ms <= 5 else steps * slice_ms // 45 + 5)
+    shared.close()
+    os.close(shared.fd)
 
 
 def to_breath(host: Host, breathing: bool) -> None:
@@ -406,7 +427,8 @@ def test_after_a_breath_only_so_many_wait_ready_and_the_rest_are_served_all_the_
     to_breath(host, False)
     to_breath(host, True)
     to_breath(host, False)
-    assert sum(thread.stopped for thread in threads) == count - 1 - READY
+    # Neither the one that ran through the breath nor the next one counts among the READY.
+    assert sum(thread.stopped for thread in threads) == count - 2 - READY
     before = [thread.ran for thread in threads]
     host.go(8 * count)
     received = [thread.ran - first for thread, first in zip(threads, before, strict=True)]
