@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "connect", "control_socket", "default_directory", "notice", "output_option", "print_json",
-    "print_table", "screen_width", "stdout_console",
+    "print_table", "screen_width", "stdout_console", "strict_option",
 ]
 
 PIPE_WIDTH: Final = 160
@@ -59,6 +59,11 @@ def output_option(function: _F) -> _F:
     return click.option(
         "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True,
         help="A table for people or JSON for programs.")(function)
+
+
+def strict_option(function: _F) -> _F:
+    return click.option(
+        "--strict", is_flag=True, help="Exit with code 8 where there is a warning (notes do not count).")(function)
 
 
 def stdout_console() -> Console:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import notice, output_option, print_json, print_table
+from .common import notice, output_option, print_json, print_table, strict_option
 
 if TYPE_CHECKING:
     from ..config.load import HostLimits
@@ -38,7 +38,8 @@ def _limits(facts: HostFacts) -> HostLimits:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @output_option
-def check(file: Path, output: str) -> None:
+@strict_option
+def check(file: Path, output: str, strict: bool) -> None:
     """Check a configuration file against the rules and this host; change nothing.
 
     Every problem is shown with its line; a good file with the mode that each VM would run in, and
@@ -46,16 +47,18 @@ def check(file: Path, output: str) -> None:
     """
     from ..config.load import check as problems_of
     from ..config.load import load
+    from ..service.warnings import strict_exit
     from ..vm.host import HostFacts
-    from ..vm.mixing import mixing_warnings
     from ..vm.modes import ModeDecision, ModeRefusal, plan
+    from .modes import foreseen, tell
 
     facts = HostFacts.read()
     problems = problems_of(file, _limits(facts))
-    answers = {} if problems else plan(load(file, _limits(facts)).vms, facts.modes)
+    config = None if problems else load(file, _limits(facts))
+    answers = {} if config is None else plan(config.vms, facts.modes)
     refused = [answer for answer in answers.values() if isinstance(answer, ModeRefusal)]
     decided = {vm: answer for vm, answer in answers.items() if isinstance(answer, ModeDecision)}
-    warnings = mixing_warnings({vm: decision.mode for vm, decision in decided.items()}, facts.technology)
+    warnings = [] if config is None else foreseen(config, facts, answers)
     good = not problems and not refused
     if output == "json":
         print_json({
@@ -63,7 +66,7 @@ def check(file: Path, output: str) -> None:
             "problems": [asdict(problem) for problem in problems],
             "refused": [asdict(refusal) for refusal in refused],
             "plan": [{"vm": vm, **asdict(decision)} for vm, decision in decided.items()],
-            "warnings": [asdict(warning) for warning in warnings],
+            "warnings": warnings,
         })
     elif good:
         click.echo(f"{file} can be used: {len(decided)} VM{'s'[:len(decided) != 1]}."
@@ -71,12 +74,11 @@ def check(file: Path, output: str) -> None:
         if decided:
             from .tables import plan_table
             print_table(plan_table(decided))
-        for warning in warnings:
-            notice(f"{warning.message} {warning.advice}".rstrip())
+        tell(warnings)
     else:
         for problem in (*problems, *refused):
             notice(str(problem))
-    click.get_current_context().exit(0 if good else 1)
+    click.get_current_context().exit(1 if not good else strict_exit(w["severity"] for w in warnings) if strict else 0)
 
 
 @click.command()

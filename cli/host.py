@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from .common import output_option, print_json, print_table
+from .common import output_option, print_json, print_table, strict_option
+
+if TYPE_CHECKING:
+    from ..vm.conflicts import Conflict
 
 __all__ = ["host", "version"]
 
@@ -15,16 +19,35 @@ LABEL_LENGTH: Final = 24
 
 @click.command()
 @output_option
-def host(output: str) -> None:
-    """Show what this host has (VT-x, AMD-V, PVM or none; permissions) and what that means."""
-    from ..vm.host import HostFacts, explain
+@strict_option
+def host(output: str, strict: bool) -> None:
+    """Show what this host has (VT-x, AMD-V, PVM or none; permissions; other hypervisors) and what that means."""
+    from dataclasses import asdict
+
+    from ..service.warnings import link, strict_exit
+    from ..vm.conflicts import judge
+    from ..vm.host import HostFacts, explain, unusable
+    from ..vm.hosts.rivals import look_for_rivals
 
     facts = HostFacts.read()
+    conflicts = judge(look_for_rivals(technology=facts.technology))
+    found = [*unusable(facts), *conflicts]
     if output == "json":
-        print_json({"schema": 1, "host": facts.to_json(), "explained": list(explain(facts))})
-        return
-    from .tables import fields_table
-    print_table(fields_table(_labelled(line) for line in explain(facts)))
+        print_json({"schema": 1, "host": facts.to_json(), "explained": list(explain(facts)),
+                    "warnings": [{**asdict(one), "link": link(one.code)} for one in found]})
+    else:
+        from .tables import fields_table
+        print_table(fields_table([*(_labelled(line) for line in explain(facts)), *_others(conflicts)]))
+    click.get_current_context().exit(strict_exit(one.severity for one in found) if strict else 0)
+
+
+def _others(conflicts: Sequence[Conflict]) -> list[tuple[str, str]]:
+    from ..service.warnings import link
+
+    if not conflicts:
+        return [("Other hypervisors", "none was seen.")]
+    return [("Other hypervisors" if index == 0 else "",
+             f"{one.severity}: {one.message} {one.advice} ({link(one.code)})") for index, one in enumerate(conflicts)]
 
 
 def _labelled(line: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "run": ("serve", "run"),
     "check": ("files", "check"),
     "schema": ("files", "schema"),
+    "modes": ("modes", "modes"),
     "simulate": ("simulate", "simulate"),
     "scan": ("scan", "scan"),
     "ps": ("show", "ps"),
@@ -51,6 +52,7 @@ Exit codes:
   1  failed                     5  no service to ask
   2  wrong usage                6  not permitted
   3  no such VM                 7  not in time
+                                8  a warning, with --strict
 
 \b
 A first look:      mixvisor demo

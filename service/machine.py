@@ -36,6 +36,7 @@ from .children import Zygote
 from .incarnation import Incarnation
 from .link import WorkerLink, harmless_registers, harmless_screen
 from .reports import SHAPES, checked
+from .rivals import Rivals
 from .statedir import SerialLog
 from .warnings import Board
 

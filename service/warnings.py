@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import structlog
 
@@ -45,8 +45,8 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
     Kind("mixed-modes", "warning on VT-x, info elsewhere; light",
          "VMs of both modes run on this host.",
          "On VT-x the VirtualBox manual (10.3) warns that a small performance penalty is in certain cases unavoidable. "
-         "On AMD-V it waives that, about PVM it says nothing: there the warning is a note. What a crossing of modes costs "
-         "on this host is in the text once it was measured, with its interval.",
+         "On AMD-V it waives that, about PVM it says nothing: there the warning is a note. What a crossing of modes "
+         "costs on this host is in the text once it was measured, with its interval.",
          "Where maximum performance matters, do not mix: let all VMs run in one mode (`mixvisor modes FILE` names the "
          "modes that are possible), keep the kinds on CPUs of their own (`policy = \"partition\"`), or let them take "
          "turns seldom (`policy = \"batch\"`)."),
@@ -72,18 +72,21 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
          "The same as virtualbox-vms.", "The same as virtualbox-vms."),
     Kind("virtualbox-idle", "info",
          "VirtualBox's driver is loaded and none of its VMs runs.",
-         "Harmless until one starts. Whether VirtualBox can start one beside a loaded KVM depends on its version and on "
-         "`kvm.enable_virt_at_load` (Linux 6.12 and later): up to 7.2.8 it needs `0` or KVM unloaded "
+         "Harmless until one starts. Whether VirtualBox can start one beside a loaded KVM depends on its version and "
+         "on `kvm.enable_virt_at_load` (Linux 6.12 and later): up to 7.2.8 it needs `0` or KVM unloaded "
          "(VERR_VMX_IN_VMX_ROOT_MODE, VERR_SVM_IN_USE), from 7.2.10 on it is reported to need `1` or KVM unloaded "
          "(VirtualBox issues 188, 711).",
          "Do not run its VMs and hardware VMs at the same time. The text has the advice for the version found."),
     Kind("vmware-idle", "info", "VMware's driver is loaded and none of its VMs runs.", "Harmless until one starts.",
          "Do not run its VMs and hardware VMs at the same time."),
     Kind("virtualization-held", "warning",
-         "KVM could not have VT-x or AMD-V: it refused a VM (EBUSY), the kernel logged \"enabling virtualization on CPUn "
-         "failed\", or AMD-V is switched on although no VM runs on KVM.",
+         "KVM could not have VT-x or AMD-V: it refused a VM (EBUSY), the kernel logged \"enabling virtualization on "
+         "CPUn failed\", or AMD-V is switched on although no VM runs on KVM.",
          "Something else on this host holds the virtualization hardware, perhaps nothing that Mixvisor knows.",
          "Find and stop the other hypervisor, then start the VMs again; the warning goes when a hardware VM starts."),
+    Kind("kvm-unusable", "warning", "`mixvisor host`: the CPU has VT-x or AMD-V, and this user cannot use `/dev/kvm`.",
+         "Only software VMs can run. The text names the cause: no module, no permission, the firmware's lock.",
+         "What the text says; then look again."),
     Kind("hypervisor-below", "info", "Linux runs as Xen's dom0 or as the root partition of Hyper-V.",
          "That hypervisor keeps VT-x or AMD-V and schedules the CPUs that Linux sees.",
          "Run hardware VMs with its tools, or boot Linux without it."),
@@ -100,16 +103,18 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
     Kind("guard-fired", "warning", "The guard found the supervisor stuck and gave every VM thread back.",
          "The VMs ran on under the kernel; dispatch is gentle from then on.",
          "Look for what stopped the supervisor, and restart it for precise dispatch."),
-    Kind("guard-lost", "warning", "The guard's process ended.", "Dispatch is gentle: nobody would give real-time threads back.",
+    Kind("guard-lost", "warning", "The guard's process ended.",
+         "Dispatch is gentle: nobody would give real-time threads back.",
          "Look for what ended it, and restart the service."),
     Kind("modes-meet", "info", "Under `policy = \"partition\"` some VMs cannot be kept apart from the other mode.",
-         "On the CPUs that they may use there is no core for their mode alone; where modes meet, a CPU changes modes as "
-         "under batch.", "Let VMs use more cores (`[host] cpus`, `cpus` of the VM), or choose another policy."),
+         "On the CPUs that they may use there is no core for their mode alone; where modes meet, a CPU changes modes "
+         "as under batch.", "Let VMs use more cores (`[host] cpus`, `cpus` of the VM), or choose another policy."),
     Kind("no-spare-cpu", "info", "VMs may use every host CPU.", "The supervisor shares one with them.",
          "Leave one out of `[host] cpus`."),
     Kind("supervisor-priority", "info", "The supervisor may not raise its own priority.",
          "On a full host it may wake late.", "Grant CAP_SYS_NICE (systemd: `AmbientCapabilities=CAP_SYS_NICE`)."),
-    Kind("log-lost", "warning", "A VM's serial log cannot be written (`log-lost:NAME`).", "What it says is lost; the VM runs on.",
+    Kind("log-lost", "warning", "A VM's serial log cannot be written (`log-lost:NAME`).",
+         "What it says is lost; the VM runs on.",
          "Free some space on that disk."),
 )}
 
@@ -128,14 +133,9 @@ def sections() -> str:
     return "\n".join(parts)
 
 
-class _Weighed(Protocol):
-    @property
-    def severity(self) -> Severity: ...
-
-
-def strict_exit(warnings: Iterable[_Weighed]) -> int:
+def strict_exit(severities: Iterable[str]) -> int:
     """The exit code of a command under --strict: notes (info) do not count."""
-    return STRICT_EXIT if any(warning.severity != "info" for warning in warnings) else 0
+    return STRICT_EXIT if any(severity != "info" for severity in severities) else 0
 
 
 class Board:

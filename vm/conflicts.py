@@ -117,14 +117,15 @@ def _rival(evidence: Evidence, code: str, who: str, vms: list[Holder]) -> Confli
     pids = tuple(holder.pid for holder in vms)
     said = f"{who} runs VMs on this host ({_named(vms)})"
     if what is None:
-        return Conflict(code, "info", False, f"{said}; this host's KVM uses neither VT-x nor AMD-V, so they share none.",
+        said += "; this host's KVM uses neither VT-x nor AMD-V, so they share none."
+        return Conflict(code, "info", False, said,
                         "Nothing needs to be done.", pids)
-    advice = (f"Stop {who}'s VMs, or run these VMs in software mode. [host] conflicts = \"warn\" lets hardware VMs start "
-              "all the same, at the host's risk.")
+    advice = (f"Stop {who}'s VMs, or run these VMs in software mode. [host] conflicts = \"warn\" lets hardware VMs "
+              "start all the same, at the host's risk.")
     if who == "VirtualBox":
         advice += f" {_virtualbox_advice(evidence)}"
-    return Conflict(code, "critical", True, f"{said} with a driver of its own: two users of {what} can crash the whole host.",
-                    advice, pids)
+    said += f" with a driver of its own: two users of {what} can crash the whole host."
+    return Conflict(code, "critical", True, said, advice, pids)
 
 
 _SINCE_ON_KVM: Final = (7, 2, 10)
@@ -139,8 +140,8 @@ def _virtualbox_advice(evidence: Evidence) -> str:
     if at_load is None:
         return one_at_a_time
     version = _version(evidence.drivers.get("vboxdrv", ""))
-    older = (f"while enable_virt_at_load=Y its VMs fail with {error} (load the module kvm with enable_virt_at_load=0, or "
-             f"unload {module})")
+    older = (f"while enable_virt_at_load=Y its VMs fail with {error} (load the module kvm with enable_virt_at_load=0, "
+             f"or unload {module})")
     newer = (f"it is reported to fail unless enable_virt_at_load=1 or {module} is unloaded "
              "(github.com/VirtualBox/virtualbox/issues/711)")
     if version is None:
@@ -194,8 +195,8 @@ def _on_kvm(evidence: Evidence) -> Iterable[Conflict]:
     if users:
         yield Conflict(
             "kvm-shared", "info", False, f"Other programs run VMs on KVM ({_named(users)}); KVM shares it safely.",
-            "Nothing needs to be done for safety's sake. Their CPU time is nobody's share here: keep them off the CPUs of "
-            "[host] cpus.", tuple(holder.pid for holder in users))
+            "Nothing needs to be done for safety's sake. Their CPU time is nobody's share here: keep them off the CPUs "
+            "of [host] cpus.", tuple(holder.pid for holder in users))
 
 
 def _named(holders: list[Holder]) -> str:

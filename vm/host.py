@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..config.rules import HostLimits
+from .conflicts import Conflict
 from .hosts.files import cpu_list, field, kib, number, text
 from .hosts.kvm import KVM_API_VERSION, KvmAnswers, KvmFacts, KvmState, ask_kvm, read_kvm
 from .hosts.virtualization import Firmware, Mitigation, Virtualization, firmware, technology
@@ -36,7 +37,7 @@ from .modes import ModeHost, Technology
 
 __all__ = [
     "KVM_API_VERSION", "CpuFacts", "Firmware", "HostFacts", "KvmAnswers", "KvmFacts", "KvmState", "Mitigation",
-    "Privileges", "Virtualization", "ask_kvm", "explain",
+    "Privileges", "Virtualization", "ask_kvm", "explain", "unusable",
 ]
 
 _CAP_SYS_ADMIN: Final = 21                     # linux/capability.h
@@ -156,6 +157,13 @@ class HostFacts:
             modules=modules,
             privileges=_privileges(root, status),
         )
+
+
+def unusable(facts: HostFacts) -> tuple[Conflict, ...]:
+    """A warning where the CPU has hardware virtualization that this user cannot use; else nothing."""
+    if facts.technology == "none" or facts.kvm.state == "usable":
+        return ()
+    return (Conflict("kvm-unusable", "warning", False, f"Hardware VMs cannot run: {facts.kvm.why}.", facts.kvm.remedy),)
 
 
 # ---- reading ---------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from .modes import Mode, ModeDecision, Technology
 
 __all__ = [
     "MIXED_CODES", "MIXED_MODES", "MIXED_ON_CORE", "MIXED_ON_CPU", "MeasuredCost", "MixingWarning",
-    "Place", "mixing_warnings",
+    "mixing_warnings",
 ]
 
 MIXED_MODES: Final = "mixed-modes"
@@ -38,7 +38,8 @@ MIXED_ON_CORE: Final = "mixed-modes-core"
 MIXED_ON_CPU: Final = "mixed-modes-cpu"
 MIXED_CODES: Final = (MIXED_MODES, MIXED_ON_CORE, MIXED_ON_CPU)
 
-Place = Literal["host", "core", "cpu"]
+Place = Literal["core", "cpu"]
+Weight = Literal["light", "medium", "heavy"]
 NAMES_SHOWN: Final = 8                 # of the VMs of one kind, in a sentence
 
 
@@ -70,7 +71,7 @@ class MixingWarning:
 
     code: str
     severity: Literal["info", "warning"]
-    weight: Literal["light", "medium", "heavy"]
+    weight: Weight
     message: str
     advice: str
     vms: tuple[str, ...]
@@ -103,9 +104,7 @@ def mixing_warnings(
             MIXED_MODES, "warning", "light",
             f"{together} on VT-x: a small performance penalty is in certain cases unavoidable.{measured}",
             f"Where maximum performance matters, do not mix the modes. {advice}", vms)]
-        for place, code, weight, text in (
-                ("core", MIXED_ON_CORE, "medium", "at once on SMT siblings"),
-                ("cpu", MIXED_ON_CPU, "heavy", "by turns on the same host CPU")):
+        for place, code, weight, text in _NEARER:
             cpus, members = shared[place]
             if cpus:
                 found.append(MixingWarning(
@@ -121,6 +120,10 @@ def mixing_warnings(
     return (MixingWarning(MIXED_MODES, "info", "light", f"{together}{said}{place}{measured}", advice, vms),)
 
 
+_NEARER: Final[tuple[tuple[Place, str, Weight, str], ...]] = (
+    ("core", MIXED_ON_CORE, "medium", "at once on SMT siblings"),
+    ("cpu", MIXED_ON_CPU, "heavy", "by turns on the same host CPU"),
+)
 _WHY_HERE: Final = {
     "core": "they share its caches, TLB and branch predictors while both run.",
     "cpu": "every turn from one kind to the other is a crossing of modes.",

@@ -83,7 +83,8 @@ def decisions(host: ModeHost, **vms: dict[str, Any]) -> dict[str, ModeDecision]:
 def test_the_advice_is_the_change_of_mode_that_is_possible() -> None:
     made = decisions(ModeHost("vt-x", True), s={"mode": "software"}, h={"bits": 64})
     assert 'All VMs can run in hardware mode (mode = "hardware" for s)' in said(decisions=made)["mixed-modes"].advice
-    made = decisions(ModeHost("vt-x", True, long_mode=False), s={"mode": "software", "bits": 64}, h={"mode": "hardware"})
+    narrow = ModeHost("vt-x", True, long_mode=False)
+    made = decisions(narrow, s={"mode": "software", "bits": 64}, h={"mode": "hardware"})
     assert 'All VMs can run in software mode (mode = "software" for h)' in said(decisions=made)["mixed-modes"].advice
 
 

@@ -45,6 +45,7 @@ class RecordingBus:
     reads: dict[int, int] = field(default_factory=dict)
     on_out: Callable[[int, int, int], None] | None = None
     on_in: Callable[[int, int], None] | None = None
+    on_acknowledge: Callable[[], int] = lambda: 0
 
     def port_in(self, port: int, size: int) -> int:
         self.log.append(("in", port, size))
@@ -63,6 +64,10 @@ class RecordingBus:
 
     def mmio_write(self, address: int, size: int, value: int) -> None:
         self.log.append(("write", address, size, value))
+
+    def acknowledge(self) -> int:
+        self.log.append(("acknowledge",))
+        return self.on_acknowledge()
 
 
 class Machine:
@@ -87,6 +92,18 @@ class Machine:
     def run(self, code: str) -> Exit:
         self.load(code)
         return self.cpu.run()
+
+    def interrupt(self, vector: int, handler: str, *, at: int = 0x600) -> None:
+        """Ask for *vector* once, with a handler (hex) at 0:*at* in the real-mode table."""
+        self.poke(vector * 4, at.to_bytes(2, "little") + bytes(2))
+        self.poke(at, bytes.fromhex(handler))
+
+        def acknowledge() -> int:
+            self.cpu.request_interrupt(False)
+            return vector
+
+        self.bus.on_acknowledge = acknowledge
+        self.cpu.request_interrupt(True)
 
     def count(self, kind: ExitKind) -> int:
         return self.exits[kind]

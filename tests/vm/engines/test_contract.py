@@ -312,6 +312,134 @@ def test_a_fault_in_a_flat_guest_without_handlers_is_a_triple_fault(real_machine
     assert real_machine.cpu.run().reason is ExitReason.TRIPLE_FAULT
 
 
+# External interrupts. Handlers lie at 0:0600.
+
+def test_a_requested_interrupt_is_taken_where_the_guest_allows_it(machine):
+    machine.load("fa 40 e610 fb ebfe")                          # cli; inc ax; out 10, al; sti; l: jmp l
+    machine.interrupt(0x21, "43 e612" + HLT)                    # inc bx; out 12, al; hlt
+    assert machine.cpu.run().interrupts_on is False
+    assert machine.bus.log == [("out", 0x10, 1, 1), ("acknowledge",), ("out", 0x12, 1, 1)]
+    assert struct.unpack_from("<3H", machine.memory, 0x7000 - 6)[:2] == (0x7C05, 0)
+    assert machine.cpu.get_gpr()[RBX] == 1
+    assert machine.count(ExitKind.INTERRUPT) == 1
+
+
+def test_the_instruction_behind_sti_runs_first(machine):
+    machine.load("fa b80000 fb 40 90 90" + HLT)
+    machine.interrupt(0x21, HLT)
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    ip, _cs, flags = struct.unpack_from("<3H", machine.memory, 0x7000 - 6)
+    assert 0x7C06 <= ip <= 0x7C09              # behind inc ax, never before
+    assert machine.cpu.get_gpr()[RAX] == 1
+    assert flags & 0x200
+    assert not machine.cpu.get_gpr()[17] & 0x200
+
+
+def test_an_interrupt_that_is_there_already_ends_a_hlt_at_once(machine):
+    machine.load("fb" + HLT + "43 fa" + HLT)                    # sti; hlt; inc bx; cli; hlt
+    machine.interrupt(0x21, "e612 cf")
+    assert machine.cpu.run().interrupts_on is False
+    assert machine.cpu.get_gpr()[RBX] == 1
+    assert struct.unpack_from("<H", machine.memory, 0x7000 - 6)[0] == 0x7C02
+    assert machine.count(ExitKind.HALT) == 1
+
+
+def test_an_interrupt_asked_for_while_halted_returns_behind_the_hlt(machine):
+    machine.load("fb 90" + HLT + "43 fa" + HLT)
+    assert machine.cpu.run().interrupts_on is True
+    machine.interrupt(0x21, "41 cf")                            # inc cx; iret
+    assert machine.cpu.run().interrupts_on is False
+    gpr = machine.cpu.get_gpr()
+    assert (gpr[RBX], gpr[RCX]) == (1, 1)
+
+
+def test_an_interrupt_asked_for_in_a_bus_call_comes_behind_the_instruction(machine):
+    machine.load("fb 90 e610 ebfe")
+    machine.bus.on_out = lambda port, size, value: machine.interrupt(0x21, HLT) if port == 0x10 else None
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    assert struct.unpack_from("<H", machine.memory, 0x7000 - 6)[0] == 0x7C04
+
+
+def test_a_request_that_is_taken_back_is_not_delivered(machine):
+    machine.load("fa e610 fb 90 90" + HLT)
+    machine.interrupt(0x21, "e612 cf")
+    machine.bus.on_out = lambda *_: machine.cpu.request_interrupt(False)
+    assert machine.cpu.run().interrupts_on is True
+    assert machine.bus.log == [("out", 0x10, 1, 0)]
+
+
+def test_interrupts_and_kicks_do_not_lose_each_other(machine):
+    # sti; l: inc ax; inc word [0x500]; jmp l, with a tick at every kick: each is served once.
+    machine.load("fb 90 40 ff060005 ebf9")
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    for ticks in range(1, 151):
+        machine.interrupt(0x21, "ff060205 cf")                  # inc word [0x502]; iret
+        while machine.cpu.run().reason is ExitReason.KICKED and machine.memory[0x502] != ticks:
+            pass
+        gpr = machine.cpu.get_gpr()
+        counted, served = struct.unpack_from("<HH", machine.memory, 0x500)
+        assert served == ticks
+        if gpr[RIP] >= 0x7C00:                                  # not within the handler
+            assert gpr[RAX] & 0xFFFF == (counted + (gpr[RIP] == 0x7C03)) & 0xFFFF
+
+
+def test_a_nested_interrupt_waits_for_the_handler_to_allow_it(machine):
+    machine.load("fb ebfe")
+    order = []
+
+    def acknowledge():
+        order.append(len(order))
+        machine.cpu.request_interrupt(len(order) < 2)
+        return 0x21
+
+    machine.interrupt(0x21, "e612 e613 cf")
+    machine.bus.on_acknowledge = acknowledge
+    machine.bus.on_out = lambda *_: machine.cpu.stop() if len(machine.bus.log) == 6 else None
+    assert machine.cpu.run().reason is ExitReason.STOPPED
+    outs = [entry[1] for entry in machine.bus.log if entry[0] == "out"]
+    assert outs == [0x12, 0x13, 0x12, 0x13]
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_an_external_interrupt_goes_through_a_gate_of_protected_and_long_mode(real_machine, bits):
+    machine = real_machine
+    #   sti; nop; l: jmp l        handler: inc dword [0x20000]; hlt
+    machine.poke(0x10000, bytes.fromhex("fb 90 ebfe"))
+    machine.poke(0x11000, bytes.fromhex("ff0425 00000200 f4" if bits == 64 else "ff05 00000200 f4"))
+    state = flat_state(machine.memory, bits, 0x10000)
+    gate = struct.pack("<HHHH", 0x1000, 0x08, 0x8E00, 1) + bytes(8 if bits == 64 else 0)
+    machine.poke(0x9000 + 0x40 * len(gate), gate)
+    state.idt = DescriptorTable(0x9000, 0x41 * len(gate) - 1)
+    machine.cpu.set_state(state)
+    machine.bus.on_acknowledge = lambda: machine.cpu.request_interrupt(False) or 0x40
+    machine.cpu.request_interrupt(True)
+    result = machine.cpu.run()
+    assert (result.reason, result.interrupts_on) == (ExitReason.HALTED, False)
+    assert machine.memory[0x20000] == 1
+
+
+def test_an_external_interrupt_takes_ring_3_to_ring_0_and_back(real_machine):
+    machine = real_machine
+    #   l: inc qword [rdi]; jmp l       handler: inc qword [0x20008]; iretq
+    machine.poke(0x10000, bytes.fromhex("48ff07 ebfb"))
+    machine.poke(0x11000, bytes.fromhex("48ff0425 08000200 48cf"))
+    state = ring_3(machine, 0x10000)
+    machine.poke(0x9000 + 0x40 * 16, struct.pack("<HHHHQ", 0x1000, 0x08, 0x8E00, 1, 0))
+    state.idt = DescriptorTable(0x9000, 0x41 * 16 - 1)
+    state.gpr[5], state.gpr[17] = 0x20000, 0x202
+    machine.cpu.set_state(state)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    for ticks in range(1, 51):
+        machine.bus.on_acknowledge = lambda: machine.cpu.request_interrupt(False) or 0x40
+        machine.cpu.request_interrupt(True)
+        while machine.cpu.run().reason is ExitReason.KICKED and machine.memory[0x20008] != ticks:
+            pass
+        assert machine.memory[0x20008] == ticks
+    before = machine.memory[0x20000:0x20008]
+    while machine.memory[0x20000:0x20008] == before:
+        assert machine.cpu.run().reason is ExitReason.KICKED
+
+
 def test_memory_that_is_not_there_reads_ones_and_ignores_writes(machine):
     # ds = ffff: offset 20h is 100010h, one MiB and 16 bytes
     before = machine.memory[0x8000:]

@@ -54,6 +54,6 @@ def process(root: Path, pid: int, parent: int, name: str, files: list[str]) -> N
             (folder / f"fd/{number}").symlink_to(target)
 
 
-@pytest.fixture()
+@pytest.fixture
 def host(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: build(name, tmp_path / name)

@@ -115,8 +115,9 @@ def test_intels_lock_is_read_from_its_register(host: Host, control: int, state: 
 
 def test_mitigations_that_are_not_in_force_are_not_told(host: Host) -> None:
     root = host("vt-x")
-    (root / "sys/devices/system/cpu/vulnerabilities/mmio_stale_data").write_text("Vulnerable: Clear CPU buffers attempted\n")
-    (root / "sys/devices/system/cpu/vulnerabilities/spectre_v2").write_text("Not affected\n")
+    folder = root / "sys/devices/system/cpu/vulnerabilities"
+    (folder / "mmio_stale_data").write_text("Vulnerable: Clear CPU buffers attempted\n")
+    (folder / "spectre_v2").write_text("Not affected\n")
     assert read(root, WORKS).virtualization.mitigations == ()
 
 

@@ -58,10 +58,14 @@ class FakeCpu:
     def __init__(self) -> None:
         self.state = CpuState()
         self.stopped = 0
+        self.wanted = False
         self.changed: list[tuple[int, int]] = []
 
     def stop(self) -> None:
         self.stopped += 1
+
+    def request_interrupt(self, wanted: bool) -> None:
+        self.wanted = wanted
 
     def get_gpr(self) -> list[int]:
         return list(self.state.gpr)
@@ -107,6 +111,29 @@ class BiosBench:
         self.memory.poke(self.STACK, struct.pack("<HHH", 0x1234, 0x0050, 0x0202))
         self.machine.port_out(0xB0, 1, words.get("ax", 0) & 0xFF)
         return self.registers()
+
+    def serve_interrupts(self) -> None:
+        """What the ROM's handlers of the keyboard and the timer do, until nothing asks any more."""
+        machine = self.machine
+        for _ in range(4096):
+            machine.poll()
+            if not machine.interrupts.asking:
+                if machine.keyboard.next_ns() is None:
+                    return
+                self.clock.advance(0.001)
+                continue
+            vector = machine.acknowledge()
+            if vector == 0x09:
+                self.call(0x09, ax=0x4F00 | machine.port_in(0x60, 1))
+            else:
+                assert vector == 0x08
+                self.memory.poke_u32(0x46C, self.memory.u32(0x46C) + 1)
+            machine.port_out(0x20, 1, 0x20)
+        raise AssertionError("interrupts without end")
+
+    def press(self, *keys: tuple[int, int]) -> None:
+        assert self.machine.press(keys) == len(keys)
+        self.serve_interrupts()
 
     def registers(self) -> dict[str, int]:
         gpr = self.cpu.state.gpr

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixvisor.vm.worker.clock import PIT_HZ, TICKS_PER_DAY, next_tick_ns, tick_index
-from mixvisor.vm.worker.devices.board import Board, Cmos, Interrupts, bcd
+from mixvisor.vm.worker.clock import PIT_HZ
+from mixvisor.vm.worker.devices.board import Board
+from mixvisor.vm.worker.devices.cmos import Cmos, bcd
 from mixvisor.vm.worker.devices.disk import FLOPPIES, DiskImage, geometry_of
-from mixvisor.vm.worker.devices.keyboard import QUEUE_KEYS, Keyboard
-from mixvisor.vm.worker.devices.timer import Timer
+from mixvisor.vm.worker.devices.keyboard import ALT, BYTE_NS, CTRL, QUEUE_KEYS, SHIFT, Keyboard, strokes
+from mixvisor.vm.worker.devices.pic import Interrupts
+from mixvisor.vm.worker.devices.timer import CATCH_UP, OWED_S, Timer
 from mixvisor.vm.worker.devices.vga import Vga
 
 
@@ -28,33 +30,31 @@ class Ports:
             self.table[port][1](value)
 
 
+def timer(clock, interrupts=None, lost=None):
+    return Timer(clock, interrupts or Interrupts(lambda _asking: None, firmware=True),
+                 changed=lambda: None, lost=lost or (lambda _n: None))
+
+
 @pytest.fixture
 def ended():
     return []
 
 
 @pytest.fixture
-def keyboard(ended):
-    return Keyboard(lambda *what: ended.append(what))
+def line():
+    """Every level of the keyboard's line so far."""
+    return []
 
 
-# Clock.
-
-@given(st.integers(0, 10**18))
-def test_the_next_tick_is_the_first_moment_with_a_higher_tick(now_ns):
-    then = next_tick_ns(now_ns)
-    assert tick_index(then) == tick_index(now_ns) + 1
-    assert tick_index(then - 1) == tick_index(now_ns)
-
-
-def test_a_day_has_the_number_of_ticks_that_the_bios_says():
-    assert abs(tick_index(86_400 * 10**9) - TICKS_PER_DAY) <= 10
+@pytest.fixture
+def keyboard(clock, line, ended):
+    return Keyboard(clock, line.append, lambda: None, lambda *what: ended.append(what))
 
 
 # Timer.
 
 def test_the_counter_moves_with_the_clock_and_not_without(clock):
-    ports = Ports(Timer(clock))
+    ports = Ports(timer(clock))
     ports.write(0x43, 0x34)                 # channel 0, low then high, mode 2
     ports.write(0x40, 0x00, 0x00)
     first = ports.read(0x40) | ports.read(0x40) << 8
@@ -66,7 +66,7 @@ def test_the_counter_moves_with_the_clock_and_not_without(clock):
 
 
 def test_single_byte_reads_of_the_running_counter_vary(clock):
-    ports = Ports(Timer(clock))
+    ports = Ports(timer(clock))
     seen = set()
     for _ in range(50):
         clock.advance(0.000_777)
@@ -75,7 +75,7 @@ def test_single_byte_reads_of_the_running_counter_vary(clock):
 
 
 def test_a_latched_count_stays_until_both_bytes_are_read(clock):
-    ports = Ports(Timer(clock))
+    ports = Ports(timer(clock))
     ports.write(0x43, 0x34)
     ports.write(0x40, 0x00, 0x80)
     clock.advance(0.001)
@@ -87,7 +87,7 @@ def test_a_latched_count_stays_until_both_bytes_are_read(clock):
 
 
 def test_a_one_shot_on_channel_2_is_over_after_its_count(clock):
-    ports = Ports(Timer(clock))
+    ports = Ports(timer(clock))
     ports.write(0x61, 0x01)
     ports.write(0x43, 0xB0)                 # channel 2, mode 0
     ports.write(0x42, 0xFF, 0xFF)
@@ -108,7 +108,7 @@ def test_no_sequence_of_timer_accesses_gives_more_than_a_byte(accesses):
         wall_ns = monotonic_ns
 
     clock = Moving()
-    ports = Ports(Timer(clock))
+    ports = Ports(timer(clock))
     for port, write, value, gap in accesses:
         clock.now += gap
         if write:
@@ -137,18 +137,24 @@ def test_port_92_resets_with_bit_0_and_keeps_the_a20_bit(ended):
     assert ended[0][0] == "reset"
 
 
-def test_interrupt_masks_are_remembered_and_initialisation_words_are_not_masks():
-    device = Interrupts()
+def test_the_echo_ports_give_back_what_was_written():
+    ports = Ports(Board(lambda _byte: None, lambda *_what: None))
+    for offset, value in enumerate((1, 2, 3, 4)):
+        ports.write(0xE0 + offset, value)
+    assert [ports.read(0xE0 + offset) for offset in range(4)] == [1, 2, 3, 4]
+
+
+def test_the_pci_address_register_is_there_and_no_device_is():
+    device = Board(lambda _byte: None, lambda *_what: None)
     ports = Ports(device)
-    ports.write(0x20, 0x11)
-    ports.write(0x21, 0x20, 0x04, 0x01, 0xFB)
-    assert ports.read(0x21) == 0xFB
-    assert device.vectors[0] == 0x20
-    assert ports.read(0x20) == 0
+    for offset, value in enumerate((0x00, 0x08, 0x00, 0x80)):
+        ports.write(0xCF8 + offset, value)
+    assert [ports.read(0xCF8 + offset) for offset in range(4)] == [0x00, 0x08, 0x00, 0x80]
+    assert not set(range(0xCFC, 0xD00)) & set(ports.table)        # unclaimed: ones
 
 
 def test_the_cmos_tells_date_and_memory(clock):
-    ports = Ports(Cmos(clock, 64 << 20, 4))
+    ports = Ports(cmos(clock))
 
     def register(index):
         ports.write(0x70, index)
@@ -172,30 +178,353 @@ def test_bcd_reads_as_decimal(value):
     assert f"{bcd(value):x}" == str(value)
 
 
+# Interrupt controllers.
+
+class Controllers(Ports):
+    """Both 8259s, initialised as a PC's, all lines open; `asking` is what the processor sees."""
+
+    def __init__(self, masks=(0x00, 0x00), fourth=0x01):
+        self.told = []
+        self.device = Interrupts(self.told.append, firmware=False)
+        super().__init__(self.device)
+        for base, vector, cascade in ((0x20, 0x08, 0x04), (0xA0, 0x70, 0x02)):
+            self.write(base, 0x11)
+            self.write(base + 1, vector, cascade, fourth)
+        self.write(0x21, masks[0])
+        self.write(0xA1, masks[1])
+
+    def end(self, chip=0x20):
+        self.write(chip, 0x20)
+
+
+def test_an_edge_is_asked_for_once_and_comes_as_its_vector():
+    c = Controllers()
+    c.device.set(4, True)
+    assert c.told == [True]
+    assert c.device.acknowledge() == 0x0C
+    assert c.told == [True, False]
+    c.end()
+    assert not c.device.asking              # the level that stays is no edge
+    c.device.set(4, False)
+    c.device.set(4, True)
+    assert c.device.asking
+
+
+def test_a_lower_line_waits_for_the_end_of_a_higher_one_and_not_the_reverse():
+    c = Controllers()
+    c.device.pulse(3)
+    assert c.device.acknowledge() == 0x0B
+    c.device.pulse(5)
+    assert not c.device.asking
+    c.device.pulse(1)
+    assert c.device.acknowledge() == 0x09
+    c.end()                                  # line 1, the one served last
+    assert not c.device.asking
+    c.end()
+    assert c.device.acknowledge() == 0x0D
+
+
+def test_the_second_controller_goes_through_line_2():
+    c = Controllers()
+    c.device.set(8, True)
+    assert c.device.acknowledge() == 0x70
+    c.device.pulse(9)
+    assert not c.device.asking
+    c.device.pulse(0)
+    assert c.device.acknowledge() == 0x08
+    c.end()
+    c.end(0xA0)
+    c.end()
+    assert c.device.acknowledge() == 0x71
+
+
+def test_masked_lines_are_remembered_and_told_when_opened():
+    c = Controllers(masks=(0xFF, 0xFF))
+    c.device.pulse(0)
+    assert not c.device.asking
+    assert c.device.masked(0)
+    assert c.device.requested(0)
+    assert c.read(0x20) == 0x01              # IRR
+    c.write(0x21, 0xFE)
+    assert c.device.asking
+    assert c.device.masked(8)                # behind line 2
+
+
+def test_a_request_that_vanished_is_the_spurious_vector_and_needs_no_end():
+    c = Controllers()
+    assert c.device.acknowledge() == 0x0F
+    c.write(0x20, 0x0B)
+    assert c.read(0x20) == 0                 # ISR
+
+
+def test_automatic_end_and_rotation():
+    c = Controllers(fourth=0x03)
+    c.device.pulse(6)
+    assert c.device.acknowledge() == 0x0E
+    c.device.pulse(6)
+    assert c.device.asking                   # nothing is in service
+    c = Controllers()
+    c.device.pulse(0)
+    c.device.acknowledge()
+    c.write(0x20, 0xA0)                      # end, and line 0 becomes the last
+    c.device.pulse(0)
+    c.device.pulse(7)
+    assert c.device.acknowledge() == 0x0F
+
+
+def test_special_mask_lets_lower_lines_through():
+    c = Controllers()
+    c.device.pulse(1)
+    c.device.acknowledge()
+    c.device.pulse(3)
+    assert not c.device.asking
+    c.write(0x21, 0x02)
+    c.write(0x20, 0x68)
+    assert c.device.acknowledge() == 0x0B
+
+
+def test_polling_takes_a_request_without_the_processor():
+    c = Controllers()
+    c.device.pulse(4)
+    c.write(0x20, 0x0C)
+    assert c.read(0x20) == 0x84
+    assert not c.device.asking
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 255)), max_size=80))
+def test_no_sequence_of_accesses_confuses_the_controllers(accesses):
+    c = Controllers()
+    for what, value in accesses:
+        if what < 4:
+            port = (0x20, 0x21, 0xA0, 0xA1)[what]
+            c.write(port, value) if value & 1 else c.read(port)
+        elif what == 4:
+            c.device.set(value & 15, bool(value & 16))
+        elif c.device.asking:
+            assert 0 <= c.device.acknowledge() <= 0xFF
+        assert c.told[-1:] in ([], [c.device.asking])
+
+
+# Interrupts of timer and clock.
+
+def run_ticks(device, controllers, clock, step_s, steps):
+    """Time goes on in steps; every interrupt is served at once. How many there were."""
+    served = 0
+    for _ in range(steps):
+        clock.advance(step_s)
+        device.poll(clock.monotonic_ns())
+        while controllers.asking:
+            controllers.acknowledge()
+            controllers._command(controllers._master, 0x20)
+            controllers._command(controllers._slave, 0x20)
+            served += 1
+            device.poll(clock.monotonic_ns())
+    return served
+
+
+def test_every_period_of_channel_0_is_one_tick_without_drift(clock):
+    c = Controllers()
+    lost = []
+    device = timer(clock, c.device, lost.append)
+    ports = Ports(device)
+    ports.write(0x43, 0x34)
+    ports.write(0x40, 0xA9, 0x04)            # 1193: a kilohertz
+    assert run_ticks(device, c.device, clock, 0.0001, 100_000) == 10 * PIT_HZ // 1193
+    assert not lost
+
+
+def test_the_next_tick_is_announced_to_the_nanosecond(clock):
+    c = Controllers()
+    device = timer(clock, c.device)
+    Ports(device).write(0x43, 0x34)
+    Ports(device).write(0x40, 0xA9, 0x04)
+    then = device.next_ns()
+    device.poll(then - 1)
+    assert not c.device.asking
+    device.poll(then)
+    assert c.device.asking
+
+
+def test_ticks_owed_are_made_up_for_one_by_one_and_not_faster_than_agreed(clock):
+    c = Controllers()
+    lost = []
+    device = timer(clock, c.device, lost.append)
+    ports = Ports(device)
+    ports.write(0x43, 0x34)
+    ports.write(0x40, 0xA9, 0x04)
+    clock.advance(0.1)                       # the VM had no CPU
+    served = run_ticks(device, c.device, clock, 0.000_05, 20)
+    assert served <= CATCH_UP + 1            # one millisecond
+    served += run_ticks(device, c.device, clock, 0.000_05, 4000)
+    assert served == (clock.now_ns - 1_000_000_000) * PIT_HZ // 1193 // 10**9
+    assert not lost
+
+
+def test_what_is_owed_beyond_the_limit_is_lost_and_told(clock):
+    c = Controllers()
+    lost = []
+    device = timer(clock, c.device, lost.append)
+    ports = Ports(device)
+    ports.write(0x43, 0x34)
+    ports.write(0x40, 0xA9, 0x04)
+    clock.advance(60)
+    device.poll(clock.monotonic_ns())
+    assert sum(lost) == 60 * PIT_HZ // 1193 - OWED_S * PIT_HZ // 1193
+
+
+def test_a_masked_timer_owes_nothing_but_one_edge_and_wakes_nobody(clock):
+    c = Controllers(masks=(0xFF, 0xFF))
+    device = timer(clock, c.device)
+    c.device.masking = lambda: device.poll(clock.monotonic_ns())
+    assert device.next_ns() is None
+    clock.advance(10)
+    c.write(0x21, 0xFE)
+    assert run_ticks(device, c.device, clock, 0, 1) == 1
+
+
+def test_a_one_shot_interrupts_once(clock):
+    c = Controllers()
+    device = timer(clock, c.device)
+    Ports(device).write(0x43, 0x30)
+    assert device.next_ns() is None          # no count yet
+    Ports(device).write(0x40, 0x00, 0x10)
+    assert run_ticks(device, c.device, clock, 0.001, 100) == 1
+    assert device.next_ns() is None
+
+
+def cmos(clock, interrupts=None, changed=lambda: None):
+    return Cmos(clock, 64 << 20, 4, interrupts or Interrupts(lambda _asking: None, firmware=True), changed)
+
+
+def test_the_periodic_interrupt_of_the_clock_waits_for_its_flags_to_be_read(clock):
+    c = Controllers()
+    device = cmos(clock, c.device)
+    ports = Ports(device)
+
+    def register(index, *value):
+        ports.write(0x70, index)
+        if value:
+            ports.write(0x71, *value)
+            return None
+        return ports.read(0x71)
+
+    register(0x0B, 0x42)                     # periodic, 24 hours: 1024 Hz
+    clock.advance(0.002)
+    device.poll(clock.monotonic_ns())
+    assert c.device.acknowledge() == 0x70
+    c.end(0xA0)
+    c.end()
+    clock.advance(0.002)
+    device.poll(clock.monotonic_ns())
+    assert not c.device.asking
+    assert register(0x0C) == 0xC0
+    assert register(0x0C) == 0
+    clock.advance(0.001)
+    device.poll(clock.monotonic_ns())
+    assert c.device.asking
+    assert device.next_ns() is None          # until it is read
+    register(0x0B, 0x02)
+    assert device.next_ns() is None
+
+
+def test_update_and_alarm_interrupts_come_with_the_second(clock):
+    c = Controllers()
+    device = cmos(clock, c.device)
+    ports = Ports(device)
+    for index, value in ((1, 0x05), (3, 0xFF), (5, 0xC0), (0x0B, 0x22)):    # at second 5 of any minute
+        ports.write(0x70, index)
+        ports.write(0x71, value)
+    clock.advance(8.9)                       # 12:35:04.9
+    device.poll(clock.monotonic_ns())
+    assert not c.device.asking
+    clock.advance(0.2)
+    device.poll(clock.monotonic_ns())
+    assert c.device.asking
+    ports.write(0x70, 0x0C)
+    assert ports.read(0x71) == 0xF0          # any, and periodic and update, which were not enabled
+
+
 # Keyboard.
 
-def test_the_queue_is_bounded_and_keeps_order(keyboard):
-    assert [keyboard.press(i & 0x7F, 0) for i in range(QUEUE_KEYS + 1)].count(False) == 1
-    assert keyboard.take() == (0, 0)
-    assert keyboard.take() == (1, 0)
+def test_the_queue_is_bounded(keyboard):
+    assert [keyboard.press(0x1E, ord("a")) for _ in range(QUEUE_KEYS + 1)].count(False) == 1
 
 
-def test_a_polling_guest_sees_make_and_break_codes(keyboard):
+def read_codes(keyboard, clock):
     ports = Ports(keyboard)
-    assert not ports.read(0x64) & 1
+    codes = []
+    while ports.read(0x64) & 1:
+        codes.append(ports.read(0x60))
+        clock.advance(BYTE_NS / 1e9)
+    return codes
+
+
+def test_a_polling_guest_sees_make_and_break_codes_with_their_modifier(keyboard, clock):
+    assert read_codes(keyboard, clock) == []
     keyboard.press(0x1E, ord("a"))
-    assert ports.read(0x64) & 1
-    assert ports.read(0x60) == 0x1E
+    keyboard.press(0x1E, ord("A"))
+    assert read_codes(keyboard, clock) == [0x1E, 0x9E, 0x2A, 0x1E, 0x9E, 0xAA]
+
+
+def test_a_second_read_gets_the_same_byte_until_the_next_has_come(keyboard, clock):
+    ports = Ports(keyboard)
+    keyboard.press(0x1E, ord("a"))
+    assert [ports.read(0x60), ports.read(0x60)] == [0x1E, 0x1E]
+    assert keyboard.key == (0x1E, ord("a"))
     assert not ports.read(0x64) & 1
+    assert keyboard.next_ns() == clock.now_ns + BYTE_NS
+    clock.advance(BYTE_NS / 1e9)
+    keyboard.poll(clock.now_ns)
     assert ports.read(0x60) == 0x9E
+    assert keyboard.key is None
 
 
-def test_the_controller_answers_its_self_tests(keyboard):
+def test_the_line_is_up_while_a_byte_waits_and_down_when_interrupts_are_off(keyboard, line):
+    ports = Ports(keyboard)
+    keyboard.press(0x1E, ord("a"))
+    ports.read(0x60)
+    assert line == [True, False]
+    ports.write(0x64, 0x60)
+    ports.write(0x60, 0x44)                  # command byte without the interrupt
+    del line[:]
+    keyboard.press(0x1E, ord("a"))
+    assert True not in line
+
+
+def test_a_disabled_keyboard_keeps_its_bytes(keyboard):
+    ports = Ports(keyboard)
+    ports.write(0x64, 0xAD)
+    keyboard.press(0x1E, ord("a"))
+    assert not ports.read(0x64) & 1
+    assert keyboard.next_ns() is None
+    ports.write(0x64, 0xAE)
+    assert ports.read(0x60) == 0x1E
+
+
+@pytest.mark.parametrize(("key", "modifier", "make"), [
+    ((0x1E, 0x61), 0, 0x1E), ((0x1E, 0x41), SHIFT, 0x1E), ((0x1E, 0x01), CTRL, 0x1E), ((0x1E, 0), ALT, 0x1E),
+    ((0x1C, 0x0D), 0, 0x1C), ((0x0F, 0), SHIFT, 0x0F), ((0x3B, 0), 0, 0x3B), ((0x55, 0), SHIFT, 0x3C),
+    ((0x5E, 0), CTRL, 0x3B), ((0x71, 0), ALT, 0x44), ((0x86, 0), 0, 0x58), ((0x48, 0), 0, 0x48),
+    ((0x8D, 0), CTRL, 0x48), ((0x98, 0), ALT, 0x48), ((0x78, 0), ALT, 0x02), ((0, 0x84), ALT, 0),
+])
+def test_a_key_of_the_bios_is_typed_as_a_keyboard_would(key, modifier, make):
+    assert strokes(*key) == (modifier, make)
+
+
+@given(st.integers(0, 255), st.integers(0, 255))
+def test_every_key_has_strokes_that_are_make_codes(scan, ascii_code):
+    modifier, make = strokes(scan, ascii_code)
+    assert modifier in (0, SHIFT, CTRL, ALT)
+    assert 0 <= make < 0x80
+
+
+def test_the_controller_answers_its_self_tests_without_an_interrupt(keyboard, line):
     ports = Ports(keyboard)
     ports.write(0x64, 0xAA)
     assert ports.read(0x60) == 0x55
     ports.write(0x60, 0xFF)
     assert (ports.read(0x60), ports.read(0x60)) == (0xFA, 0xAA)
+    assert True not in line
 
 
 def test_the_reset_line_ends_the_machine_and_the_a20_line_does_not(keyboard, ended):

@@ -20,8 +20,10 @@ EXIT_42 = bytes.fromhex("B02A E6F4 EBFE")                       # mov al,42; out
 CLI_HALT = b"\xFA\xF4"
 # mov dx,3F8h; then each of "hi" out; then exit 0
 SERIAL = bytes.fromhex("BAF803 B068 EE B069 EE B000 E6F4 EBFE")
-# sti; again: hlt; inc word [cs:100h]; jmp again
-HALTING = bytes.fromhex("FB F4 2EFF060001 EBF8")
+# vector 08h to a handler (out 20h, 20h; iret), 8259 set up with only the timer open; sti;
+# again: hlt; inc word [cs:100h]; jmp again
+HALTING = bytes.fromhex("31c08ed8c70620002b008c0e2200b011e620b008e621b004e621b001e621b0fee621fbf42eff060001ebf850b020e62058cf")
+STI_HALT = b"\xFB\xF4\xEB\xFD"
 # echo: mov dx,3FDh; in al,dx; test al,1; jz; mov dx,3F8h; in al,dx; out dx,al; jmp
 ECHO = bytes.fromhex("BAFD03 EC A801 74FB BAF803 EC EE EBF1")
 # again: inc dword [cs:0200h]; jmp again
@@ -106,11 +108,22 @@ def test_stop_reaches_a_paused_guest(start, engine):
     assert worker.event("ended")["code"] == "asked"
 
 
-def test_halt_with_interrupts_on_sleeps_and_goes_on(start, engine):
+def test_halt_sleeps_until_the_timer_interrupts(start, engine):
     worker = start(engine, HALTING)
     worker.until(lambda: int.from_bytes(worker.memory[0x10100:0x10102], "little") >= 3)
     assert worker.status.get("sleeping_ns") > 50_000_000
+    assert worker.status.get("interrupts") >= 3
     worker.until_phase(Phase.SLEEPING)
+
+
+def test_halt_with_every_line_masked_sleeps_for_good_and_can_be_stopped(start, engine):
+    worker = start(engine, STI_HALT)
+    worker.until_phase(Phase.SLEEPING)
+    assert worker.ask("keys", scancodes=[[0x1E, 0x61]])["accepted"] == 1
+    assert worker.status.get("interrupts") == 0
+    assert worker.status.get("phase") == Phase.SLEEPING
+    assert worker.ask("stop")["ok"]
+    assert worker.event("ended")["code"] == "asked"
 
 
 def test_a_guest_that_awaits_a_key_sleeps_and_can_be_paused_meanwhile(start, engine):

@@ -12,10 +12,10 @@ from typing import Final
 __all__ = ["is_busy", "refusal"]
 
 _WORDS: Final = {
-    errno.EBUSY: "another hypervisor holds VT-x or AMD-V (VirtualBox or VMware running a VM, or a driver of theirs that "
-                 "does not give it back). Stop its VMs; `mixvisor host` names the ones that it knows",
-    errno.EIO: "the CPU refused to switch VT-x on, as it does when the firmware or another hypervisor holds it. Look for "
-               "\"kvm:\" in the kernel log",
+    errno.EBUSY: "another hypervisor holds VT-x or AMD-V (VirtualBox or VMware running a VM, or a driver of theirs "
+                 "that does not give it back). Stop its VMs; `mixvisor host` names the ones that it knows",
+    errno.EIO: "the CPU refused to switch VT-x on, as it does when the firmware or another hypervisor holds it. Look "
+               "for \"kvm:\" in the kernel log",
     errno.EOPNOTSUPP: "KVM cannot use this CPU's VT-x or AMD-V; often it is switched off in the firmware setup (BIOS)",
     errno.ENODEV: "the module behind /dev/kvm is gone. Load it again: sudo modprobe kvm_intel (or kvm_amd)",
     errno.ENXIO: "the module behind /dev/kvm is gone. Load it again: sudo modprobe kvm_intel (or kvm_amd)",
