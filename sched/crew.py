@@ -292,7 +292,7 @@ class Crew:
                 host.process = await self._spawn(
                     "dispatcher",
                     {"kind": self.kind, "cpu": host.cpu, "index": host.index,
-                     "home_cpus": table.home},
+                     "home_cpus": table.home, "floats": self._to_kernel},
                     [shared.fd, theirs.fileno()])
         except BaseException:
             ours.close()

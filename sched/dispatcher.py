@@ -4,7 +4,7 @@ Purpose.  One small process a host CPU, pinned to it, above its VMs in priority.
 every VM thread on its CPU is frozen, so what it reads is exact and what it decides is so at once.
 
 Theory.  At the end of each slice (times on a fixed grid): bill the picked thread
-what the kernel says it ran, and whoever else may have run; ask the run queue (policy/fair.py)
+what the kernel says it ran, and whoever else may have run; ask the policy's run queue (policy/)
 for the next; move threads between levels (linux.py) only where something changes; log the slice.
 `Dispatcher.step(now)` is all of that, over a `Kernel` that tests replace; `main` adds the timer.
 
@@ -51,7 +51,7 @@ from ..vm.worker.status import FIELDS, STATUS_SIZE, Phase
 from . import linux
 from .linux import Kernel, Level, RunClock, State
 from .model import Slot
-from .policy.fair import Runqueue
+from .policy import POLICIES, Batching, Runqueue
 from .shared import (
     ACTIVE,
     CPU_FIELDS,
@@ -110,6 +110,8 @@ _LEAVE: Final = CPU_FIELDS["leave"]
 _BEAT: Final = CPU_FIELDS["heartbeat_ns"]
 _REFUSALS: Final = CPU_FIELDS["refusals"]
 _RUNNABLE: Final = CPU_FIELDS["runnable"]
+_POLICY: Final = ("policy", "slice_ns", "ratelimit_ns", "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns")
+_POLICIES: Final = tuple(POLICIES.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,7 @@ class Settings:
     cpu: int
     index: int                      # of its block in the shared table
     home_cpus: tuple[int, ...]      # where a thread may run that is given back
+    floats: bool = False            # only accounts are kept here: affinity is the supervisor's
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +180,11 @@ class Dispatcher:
 
     # Beyond thirty attributes CPython gives up its fast access, except by slots.
     __slots__ = (
-        "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit", "_debtors", "_decision",
-        "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
-        "_plain", "_queue", "_relevel", "_retry", "_ring", "_settings", "_shared", "_slice_breath",
-        "_slice_edge_late", "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress",
-        "_slice_start", "_states", "_turn", "_vcpus", "_words",
+        "_asked", "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit", "_debtors",
+        "_decision", "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
+        "_plain", "_queue", "_relevel", "_retry", "_ring", "_settings", "_shared", "_slice_breath", "_slice_edge_late",
+        "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress", "_slice_start", "_states",
+        "_turn", "_vcpus", "_words",
     )
 
     def __init__(
@@ -193,7 +196,8 @@ class Dispatcher:
         self._kernel = kernel
         self._inbox = inbox
         self._slice_ns = shared.get("slice_ns")
-        self._queue = Runqueue(self._slice_ns, shared.get("ratelimit_ns"))
+        self._asked = self._wanted()
+        self._queue = self._new_queue()
         self._base = shared.cpu(settings.index)
         self._ring = RingWriter(shared, settings.index)
         self._parcels: dict[int, Parcel] = {}
@@ -362,9 +366,12 @@ class Dispatcher:
         self._retry = False
         self._relevel = True
         cpu = self._settings.cpu
-        if words[HEADER["slice_ns"]] != self._slice_ns:
+        asked = self._wanted()
+        if asked != self._asked:
+            self._asked = asked
             self._slice_ns = words[HEADER["slice_ns"]]
-            self._queue.set_slice(self._slice_ns, words[HEADER["ratelimit_ns"]])
+            old, self._queue = self._queue, self._new_queue()
+            self._queue.take_over(old)
             self._breath_ns = breath_ns(self._slice_ns)
         for slot, parcel in self._inbox.drain():
             self._parcels[slot] = parcel
@@ -386,6 +393,15 @@ class Dispatcher:
         self._capped = sum(1 for vcpu in self._order if vcpu.cap)
         self._epoch = epoch
         words[self._base + CPU_FIELDS["seen_epoch"]] = epoch
+
+    def _wanted(self) -> tuple[int, ...]:
+        """Policy and settings as the supervisor wants them now."""
+        return tuple(map(self._shared.get, _POLICY))
+
+    def _new_queue(self) -> Runqueue:
+        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns = self._asked
+        return _POLICIES[policy].runqueue(slice_ns, ratelimit_ns, Batching(
+            batch_ns=batch_ns, wait_max_ns=wait_max_ns, budget_ns=budget_ns))
 
     def _take(self, slot: Slot, base: int, now: int) -> None:
         words, kernel = self._words, self._kernel
@@ -409,7 +425,8 @@ class Dispatcher:
         words[base + _HAVE] = self._settings.cpu
         try:
             vcpu.clock = kernel.run_clock(pid, tid)
-            kernel.pin(tid, (self._settings.cpu,))
+            if not self._settings.floats:
+                kernel.pin(tid, (self._settings.cpu,))
             if new:
                 # What it ran before nobody was entitled to: it was not scheduled yet.
                 vcpu.charged = vcpu.clock.read()
@@ -429,7 +446,7 @@ class Dispatcher:
         """Into the run queue, awake, at the rate and with the lag that its slot says."""
         words, base = self._words, vcpu.base
         vcpu.rate, vcpu.cap = words[base + _RATE], 0
-        self._queue.add(vcpu.slot, max(vcpu.rate, 1) / ONE_CPU, words[base + _LAG])
+        self._queue.add(vcpu.slot, max(vcpu.rate, 1) / ONE_CPU, words[base + _LAG], vcpu.mode)
         self._set_awake(vcpu, True, now)
 
     def _exit(self, vcpu: _Vcpu, now: int) -> None:
@@ -581,7 +598,7 @@ class Dispatcher:
         queue, slot = self._queue, vcpu.slot
         budget = queue.budget_ns(slot)
         queue.remove(slot)
-        queue.add(slot, max(vcpu.rate, 1) / ONE_CPU)
+        queue.add(slot, max(vcpu.rate, 1) / ONE_CPU, mode=vcpu.mode)
         queue.sleep(slot)
         if vcpu.cap:
             queue.set_cap(slot, vcpu.cap / ONE_CPU, budget)

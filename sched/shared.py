@@ -86,6 +86,8 @@ HEADER, _used = _number((
     "fired_ns",         # guard: when it gave the threads back, 0 = never
     "given_back",       # guard: how many threads that were
     "guard_ready",      # guard: 1 once it watches
+    "policy",           # supervisor: index in policy.POLICIES
+    "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns",    # supervisor: policy.Batching
 ))
 assert _used <= HEADER_WORDS
 

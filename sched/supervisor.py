@@ -31,7 +31,7 @@ from .model import VmDemand
 from .planner import Planner
 from .policy import POLICIES, Batching, Split, admit
 from .recorder import FlightRecorder, PackedRecording
-from .shared import ACTIVE, HEADER, MODES, NOBODY, PAUSED, Shared
+from .shared import ACTIVE, MODES, NOBODY, PAUSED, Shared
 from .table import Table, Vcpu, VcpuThread
 
 __all__ = [
@@ -292,8 +292,7 @@ class Scheduler:
             ("mode_wait_max_ns", self._batching.wait_max_ns),
             ("mode_budget_ns", self._batching.budget_ns),
         ):
-            if name in HEADER:
-                shared.set(name, value)
+            shared.set(name, value)
 
     async def _plan(self) -> None:
         if self._shared is not None and not self._closing:
