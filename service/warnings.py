@@ -109,6 +109,11 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
     Kind("modes-meet", "info", "Under `policy = \"partition\"` some VMs cannot be kept apart from the other mode.",
          "On the CPUs that they may use there is no core for their mode alone; where modes meet, a CPU changes modes "
          "as under batch.", "Let VMs use more cores (`[host] cpus`, `cpus` of the VM), or choose another policy."),
+    Kind("nice-refused", "warning", "Under `policy = \"kernel\"` a nice level was refused.",
+         "The VM's weight does not hold: its thread stays at the nice level that it has.",
+         "Grant CAP_SYS_NICE or `LimitNICE=40`, or use weights of 100 and less."),
+    Kind("caps-not-held", "info", "Under `policy = \"kernel\"` VMs have caps or reservations.",
+         "That policy knows weights only.", "Choose another policy where they must hold."),
     Kind("no-spare-cpu", "info", "VMs may use every host CPU.", "The supervisor shares one with them.",
          "Leave one out of `[host] cpus`."),
     Kind("supervisor-priority", "info", "The supervisor may not raise its own priority.",
