@@ -17,7 +17,7 @@ two a call. Where it is off it costs nothing, for then there is no `Logged`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -26,12 +26,25 @@ from .policy import Batching, Runqueue
 __all__ = ["CALLS", "FORMAT", "InputLog", "Logged", "Note"]
 
 FORMAT: Final = 1
-# Every call that changes a run queue or that a dispatcher acts on, and how many arguments it takes.
-CALLS: Final = {
-    "add": 4, "remove": 1, "set_rate": 2, "set_slice": 2, "set_cap": 3, "advance": 1, "charge": 2, "sleep": 1,
-    "wake": 1, "pick": 1, "slice_ns": 1, "unpark_in_ns": 0, "is_parked": 1, "lag_ns": 1, "budget_ns": 1,
+# Every call that changes a run queue or that a dispatcher acts on, with its parameters and their defaults.
+_NEEDED: Final = object()
+CALLS: Final[Mapping[str, Mapping[str, object]]] = {
+    "add": {"slot": _NEEDED, "rate": _NEEDED, "lag_ns": 0, "mode": 0},
+    "remove": {"slot": _NEEDED},
+    "set_rate": {"slot": _NEEDED, "rate": _NEEDED},
+    "set_slice": {"slice_ns": _NEEDED, "ratelimit_ns": None},
+    "set_cap": {"slot": _NEEDED, "share": _NEEDED, "budget_ns": None},
+    "advance": {"elapsed_ns": _NEEDED},
+    "charge": {"slot": _NEEDED, "ran_ns": _NEEDED},
+    "sleep": {"slot": _NEEDED},
+    "wake": {"slot": _NEEDED},
+    "pick": {"current": None},
+    "slice_ns": {"slot": _NEEDED},
+    "unpark_in_ns": {},
+    "is_parked": {"slot": _NEEDED},
+    "lag_ns": {"slot": _NEEDED},
+    "budget_ns": {"slot": _NEEDED},
 }
-_OPTIONAL: Final = {"add": (0, 0), "set_slice": (None,), "set_cap": (None,), "pick": (None,)}
 
 Note = Callable[[str, tuple[Any, ...], Any], None]
 
@@ -41,20 +54,20 @@ class Logged:
 
     def __init__(self, queue: Runqueue, note: Note) -> None:
         self._queue = queue
-        for name, count in CALLS.items():
-            setattr(self, name, _noting(name, count, getattr(queue, name), note))
+        for name, parameters in CALLS.items():
+            setattr(self, name, _noting(name, parameters, getattr(queue, name), note))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)
 
 
-def _noting(name: str, count: int, call: Callable[..., Any], note: Note) -> Callable[..., Any]:
-    rest = _OPTIONAL.get(name, ())
+def _noting(name: str, parameters: Mapping[str, object], call: Callable[..., Any], note: Note) -> Callable[..., Any]:
+    names = tuple(parameters)
 
-    def noting(*arguments: Any) -> Any:
-        answer = call(*arguments)
-        if len(arguments) < count:
-            arguments += rest[len(arguments) - count:]
+    def noting(*arguments: Any, **named: Any) -> Any:
+        answer = call(*arguments, **named)
+        if len(arguments) < len(names):
+            arguments += tuple(named.get(name, parameters[name]) for name in names[len(arguments):])
         note(name, arguments, answer)
         return answer
 

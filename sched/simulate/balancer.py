@@ -50,8 +50,8 @@ class Balancer:
             (c for c in self._machine.cpus if c is not cpu and c.running is not None),
             key=lambda c: (-_load(c), c.number))
         for donor in donors:
-            for thread in donor.threads:
-                if thread.ready and thread is not donor.running and cpu.number in self._allowed[thread.slot]:
+            for thread in donor.ready:
+                if thread is not donor.running and cpu.number in self._allowed[thread.slot]:
                     self._move(thread, cpu.number)
                     return thread
         return None
@@ -65,9 +65,9 @@ class Balancer:
             poor, rich = cpus[low], cpus[high]
             if _load(rich) <= _load(poor) * IMBALANCE:
                 return
-            for thread in list(rich.threads):
+            for thread in list(rich.ready):
                 less = _load(rich) - _load(poor)
-                if (thread.ready and thread is not rich.running and thread.weight < less
+                if (thread is not rich.running and thread.weight < less
                         and poor.number in self._allowed[thread.slot]):
                     self._move(thread, poor.number)
             if poor.dirty:
@@ -82,7 +82,7 @@ class Balancer:
 
 
 def _load(cpu: Cpu) -> float:
-    return sum(thread.weight for thread in cpu.threads if thread.ready)
+    return sum(thread.weight for thread in cpu.ready)
 
 
 def _all_of(cpu: Cpu) -> tuple[float, int]:

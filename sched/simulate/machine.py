@@ -123,6 +123,7 @@ class Cpu:
 
     number: int
     threads: list[Thread] = field(default_factory=list)
+    ready: list[Thread] = field(default_factory=list)      # those of them that want to run and may
     running: Thread | None = None
     last: Thread | None = None             # the last to run
     since: int = 0                         # up to when all is accounted
@@ -209,6 +210,7 @@ class Machine:
             self.post(self.now + thread.sleep_ns, self._wake, thread.slot)
             thread.next_span()
             thread.wants = thread.ready = False
+            cpu.ready.remove(thread)
             thread.page[_PHASE] = Phase.SLEEPING
             if cpu.fair is not None:
                 cpu.fair.sleep(Slot(thread.slot))
@@ -235,8 +237,8 @@ class Machine:
                 cpu.fair.pick(None)
         else:
             highest = -1
-            for thread in cpu.threads:
-                rank = thread.rank if thread.ready else -1
+            for thread in cpu.ready:
+                rank = thread.rank
                 if rank > highest or (rank == highest and best is not None and thread.seq < best.seq):
                     best, highest = thread, rank
         old = cpu.running
@@ -308,7 +310,7 @@ class Machine:
     def _wake(self, slot: int) -> None:
         thread = self.threads[slot]
         thread.wants = True
-        thread.ready = not thread.stopped
+        self._set_ready(thread)
         thread.page[_PHASE] = Phase.RUNNING
         thread.ready_since, thread.woke = self.now, True
         self._seq += 1
@@ -332,9 +334,16 @@ class Machine:
         if thread.cpu is not None:
             thread.cpu.dirty = True
 
+    def _set_ready(self, thread: Thread) -> None:
+        ready = thread.wants and not thread.stopped
+        if ready != thread.ready:
+            thread.ready = ready
+            if thread.cpu is not None:
+                (thread.cpu.ready.append if ready else thread.cpu.ready.remove)(thread)
+
     def set_stopped(self, thread: Thread, stopped: bool) -> None:
         thread.stopped = stopped
-        thread.ready = thread.wants and not stopped
+        self._set_ready(thread)
         if thread.cpu is not None:
             thread.cpu.dirty = True
 
@@ -349,9 +358,13 @@ class Machine:
             if old.fair is not None:
                 lag = old.fair.remove(slot)
             old.threads.remove(thread)
+            if thread.ready:
+                old.ready.remove(thread)
             self.choose(old)
         thread.cpu = new
         new.threads.append(thread)
+        if thread.ready:
+            new.ready.append(thread)
         if new.fair is not None:
             new.fair.add(slot, thread.weight / 100, lag)
             if not thread.wants:

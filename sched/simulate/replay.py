@@ -94,9 +94,9 @@ def _call(number: int, line: str) -> tuple[int, str, list[Any], Any]:
     cpu, call, arguments, recorded = row
     if not isinstance(call, str) or call not in CALLS:
         raise ReplayError(f"line {number}: a run queue has no call {call!r}")
-    if not isinstance(arguments, list) or len(arguments) != CALLS[call] or not all(
+    if not isinstance(arguments, list) or len(arguments) != len(CALLS[call]) or not all(
             value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in arguments):
-        raise ReplayError(f"line {number}: {call} takes {CALLS[call]} numbers")
+        raise ReplayError(f"line {number}: {call} takes {len(CALLS[call])} numbers")
     return cpu, call, arguments, recorded
 
 

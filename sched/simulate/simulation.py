@@ -29,7 +29,7 @@ from ..planner import BALANCE_MAX_S, BALANCE_PART, BALANCE_S, Planner
 from ..policy import POLICIES, Batching
 from ..policy.entitlement import admit
 from ..policy.kernel import nice_of, weight_of
-from ..shared import ACTIVE, HEADER, MODES, NOBODY, ONE_CPU, Shared
+from ..shared import ACTIVE, MODES, NOBODY, ONE_CPU, Shared
 from ..table import Table, Vcpu, VcpuThread
 from .balancer import Balancer
 from .figures import Group, PolicyResult, merge_waits
@@ -133,8 +133,7 @@ class Simulation:
             ("policy", tuple(POLICIES).index(policy)), ("mode_batch_ns", batching.batch_ns),
             ("mode_wait_max_ns", batching.wait_max_ns), ("mode_budget_ns", batching.budget_ns),
         ):
-            if name in HEADER:
-                shared.set(name, value)
+            shared.set(name, value)
         for slot, (index, vm, name) in enumerate(vms):
             self._admit(slot, index, vm, name)
         self._judge = Judge(demands, [thread.spans is None for thread in self.machine.threads], len(self._cpus))
@@ -149,17 +148,10 @@ class Simulation:
             Dispatcher(shared, Settings(kind="precise", cpu=cpu, index=cpu, home_cpus=(*self._cpus, NEVER)),
                        kernel, self._inboxes[cpu], 0)  # type: ignore[arg-type]
             for cpu in (self._cpus if self._parts.dispatches else ())]
-        log = None if inputs is None else InputLog(
-            inputs, policy=policy, slice_ns=self._slice_ns, ratelimit_ns=ratelimit_ns, batching=batching)
-        for cpu, dispatcher in enumerate(self._dispatchers):
-            queue = dispatcher._queue
-            if "policy" not in HEADER:
-                queue = self._parts.runqueue(self._slice_ns, ratelimit_ns, batching)
-            if log is not None:
-                queue = log.follow(cpu, queue)
-            if "policy" not in HEADER:
-                queue.add = _with_modes(queue.add, self.machine.threads)
-            dispatcher._queue = queue
+        if inputs is not None:
+            log = InputLog(inputs, policy=policy, slice_ns=self._slice_ns, ratelimit_ns=ratelimit_ns, batching=batching)
+            for cpu, dispatcher in enumerate(self._dispatchers):
+                dispatcher._queue = log.follow(cpu, dispatcher._queue)  # type: ignore[assignment]
         self._balancer: Balancer | None = None
 
     def close(self) -> None:
@@ -312,14 +304,6 @@ class Simulation:
             wait=merge_waits(t.waits for t in threads).quantiles(),
             wake=merge_waits(t.wakes for t in threads).quantiles(),
             lost_mixed=sum(t.lost_mixed_ns for t in threads) / ran)
-
-
-def _with_modes(add: Callable[..., None], threads: Sequence[Thread]) -> Callable[..., None]:
-    """For a user of a run queue that does not say which mode a vCPU is of."""
-    def with_mode(slot: Slot, rate: float, lag_ns: int = 0, mode: int = 0) -> None:
-        add(slot, rate, lag_ns, threads[slot].mode)
-
-    return with_mode
 
 
 def _finish(coroutine: Coroutine[Any, Any, None]) -> None:
