@@ -150,8 +150,8 @@ def _meetings(
     """For "core" and "cpu": the host CPUs where both kinds are, and the VMs there."""
     soft = {name: set(where.get(name, ())) for name in software}
     hard = {name: set(where.get(name, ())) for name in hardware}
-    on_soft: set[int] = set().union(*soft.values())
-    on_hard: set[int] = set().union(*hard.values())
+    on_soft = {cpu for own in soft.values() for cpu in own}
+    on_hard = {cpu for own in hard.values() for cpu in own}
     cpus = on_soft & on_hard
     threads: set[int] = set()
     for core in cores:
