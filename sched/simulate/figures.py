@@ -38,11 +38,12 @@ class Waits:
         self._max = 0
 
     def add(self, wait_ns: int) -> None:
+        bits = wait_ns.bit_length()
+        key = bits << _FRACTION | (wait_ns >> bits - _FRACTION - 1 & 7) if bits > _FRACTION else wait_ns
+        counts = self._counts
+        counts[key] = counts[key] + 1 if key in counts else 1
         if wait_ns > self._max:
             self._max = wait_ns
-        bits = wait_ns.bit_length()
-        key = bits << _FRACTION | (wait_ns >> bits - _FRACTION - 1 & 7) if bits > _FRACTION else max(wait_ns, 0)
-        self._counts[key] = self._counts.get(key, 0) + 1
 
     def join(self, other: Waits) -> None:
         for key, count in other._counts.items():

@@ -267,7 +267,8 @@ class Simulation:
         elapsed, cpus = seconds * 1e9, len(self._cpus)
         vcpus = list(self._table)
         errors = [abs(error) / elapsed for error in self._judge.errors_ns()]
-        delivered = sum(thread.ran for thread in machine.threads) or 1
+        delivered = sum(thread.ran for thread in machine.threads)
+        received = delivered or 1
         capacity = elapsed * cpus
         return PolicyResult(
             policy=self.policy, seconds=seconds, cpus=cpus, vms=len(vcpus),
@@ -282,8 +283,8 @@ class Simulation:
             migrations_per_s=(self._balancer.moves if self._balancer is not None else sum(
                 self._table.word(v, "migrations") for v in vcpus)) / seconds,
             decisions=self._decisions,
-            lost_mixed=sum(t.lost_mixed_ns for t in machine.threads) / delivered,
-            lost_switching=sum(t.lost_switch_ns for t in machine.threads) / delivered,
+            lost_mixed=sum(t.lost_mixed_ns for t in machine.threads) / received,
+            lost_switching=sum(t.lost_switch_ns for t in machine.threads) / received,
             delivered=delivered / capacity,
             idle=sum(cpu.idle_ns for cpu in machine.cpus) / capacity,
             dispatching=sum(cpu.dispatcher_ns for cpu in machine.cpus) / capacity,
