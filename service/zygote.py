@@ -161,6 +161,7 @@ def main() -> None:
     # own handler must not be its death. What it announced is read all the same.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_IGN)
     _set_title("mixvisor-zygote")
     link = socket.socket(fileno=int(sys.argv[1]))
     link.set_inheritable(False)

@@ -3,8 +3,8 @@
 Theory.  CS:RIP plus the mode (16, 32 or 64 bits, from CR0, EFER and CS) gives a linear
 address; the guest's page tables, walked here in pure Python, give bytes; capstone gives text.
 x86 cannot be decoded backwards with certainty, but its instruction stream falls into step within a few
-instructions: of all starts shortly before RIP, the one that most others agree with and that arrives at
-RIP exactly is (nearly always) the code that ran.
+instructions: the way by which most starts shortly before RIP arrive at it exactly is (nearly always)
+the code that ran.
 
 Invariants.  Total: any memory and any state gives a text, never an exception; guest memory is
 hostile input.  Poor: capstone decodes what it knows; unknown bytes are shown as `db ...`.
@@ -142,15 +142,35 @@ def _before(memory: mmap.mmap, state: CpuState, count: int) -> list[Line]:
             break
     else:
         return []
-    best: list[Line] = []
+    first = linear - back
+    sizes = [_size(code[start:], bits) for start in range(back)]
+    # How many starts arrive at the instruction by way of each place.
+    votes = [0] * (back + 1)
     for start in range(back):
-        lines = disassemble(code[start:], linear - back + start, bits, _BEFORE, ip - back + start)
-        whole = all(not line.text.startswith("db ") for line in lines)
-        if whole and sum(len(line.code) for line in lines) == back - start:
-            # The longest way that arrives: a later start that is in step is a part of it.
-            best = lines
+        way, here = [], start
+        while here < back and sizes[here]:
+            way.append(here)
+            here += sizes[here]
+        if here == back:
+            for place in way:
+                votes[place] += 1
+    lines: list[Line] = []
+    here = back
+    while len(lines) < count:
+        ways = [start for start in range(max(0, here - LONGEST), here) if votes[start] and start + sizes[start] == here]
+        if not ways:
             break
-    return best[-count:] if count else []
+        start = max(ways, key=lambda start: votes[start])
+        text, _ = _text(code[start:here], ip - back + start, bits)
+        lines.append(Line(first + start, code[start:here], text))
+        here = start
+    return lines[::-1]
+
+
+def _size(code: bytes, bits: int) -> int:
+    """Of the first instruction; 0 where there is none. Zeros are padding, though they decode."""
+    found = None if code.startswith(b"\0\0") else instruction_at(code, 0, bits)
+    return 0 if found is None else found[2]
 
 
 def listing(memory: mmap.mmap, state: CpuState, before: int = 4, after: int = 5) -> list[Line]:

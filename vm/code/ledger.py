@@ -3,15 +3,16 @@
 Theory.  An exit costs microseconds, decoding tens of them, and a guest leaves from few places: so
 each place is decoded when it is first seen and afterwards found by (address, reason) in a dictionary.
 What an engine must tell is where the vCPU stands; port I/O may be reported with the instruction
-pointer before or behind the instruction (vm/engines/base.py), HLT and INT n are behind, so the
-instruction is looked for on both sides and must be of the kind that the reason needs.
+pointer at or behind the instruction (vm/engines/base.py; KVM does both), so the instruction is looked for
+on both sides: it must be of the kind that the reason needs, and use the port. Where both sides do (`out dx, al`
+twice in a row), the side is believed on which this reason was found last.
 
 Kicks and interrupts from devices are nobody's instruction and are not counted here.
 
 Invariants.  Bounded: `SITES_MAX` places, beyond which an exit is counted under its reason alone;
 `LAST` newest exits.  Total over any guest state and memory.  Every call of `note` is counted once.
-Poor: a place whose code changes keeps the text it was first seen with; an engine that gives only the
-start of a block (Unicorn in memory-mapped access) is believed, and such places are marked.
+Poor: a place whose code changes keeps the text it was first seen with; in memory-mapped access Unicorn
+gives only the block, and so does this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..engines.base import EXIT_KINDS, RIP, CpuState, ExitKind
+from ..engines.base import EXIT_KINDS, RDX, RIP, CpuState, ExitKind
 from . import decode
 
 __all__ = ["LAST", "SITES_MAX", "Ledger", "Site", "cause"]
@@ -37,6 +38,7 @@ _NEEDS: Final = {
     ExitKind.HALT: frozenset(("hlt",)),
     ExitKind.INTERRUPT: frozenset(("int", "int3", "int1", "into", "syscall", "sysenter")),
 }
+_MEMORY: Final = frozenset((ExitKind.MMIO_READ, ExitKind.MMIO_WRITE))
 
 
 class Site:
@@ -58,31 +60,51 @@ class Site:
 
 
 class Ledger:
-    """`where()`: linear address of CS:RIP, cheap. `state()`: the whole state, asked once a place."""
+    """`where()`: linear address of CS:RIP, cheap. `state()`: the whole state, asked once a place.
 
-    def __init__(self, memory: mmap.mmap, where: Callable[[], int], state: Callable[[], CpuState]) -> None:
+    blocks: in memory-mapped access the engine gives an earlier place of the same block, which is told as such.
+    """
+
+    def __init__(self, memory: mmap.mmap, where: Callable[[], int], state: Callable[[], CpuState], *,
+                 blocks: bool = False) -> None:
         self._memory = memory
+        self._blocks = blocks
         self._where = where
         self._state = state
-        self._sites: dict[int, Site] = {}
+        self._sites: dict[int, Site] = {}           # by address and reason as the engine gives them
+        self._places: dict[tuple[int, int], Site] = {}                  # by those of the instruction
+        self._side: dict[int, bool] = {}            # by reason: whether the engine stands behind the instruction
         self._rest: dict[int, Site] = {}
         self._last: deque[Site] = deque(maxlen=LAST)
 
-    def note(self, kind: int, *, behind: bool = False) -> None:
-        """An exit of this kind happened here. `behind`: the instruction pointer is known to be behind it."""
+    def note(self, kind: int, *, behind: bool = False, port: int | None = None) -> None:
+        """An exit of this kind happened here, at a port access to *port*.
+
+        behind: the instruction pointer is known to be behind the instruction.
+        """
         # One integer as key: quicker than a tuple. Kinds are fewer than 16.
         key = self._where() << 5 | kind << 1 | behind
         site = self._sites.get(key)
         if site is None:
-            site = self._new(key, kind, behind)
+            site = self._new(key, kind, behind, port)
         site.count += 1
         self._last.append(site)
 
-    def _new(self, key: int, kind: int, behind: bool) -> Site:
+    def _new(self, key: int, kind: int, behind: bool, port: int | None) -> Site:
         if len(self._sites) < SITES_MAX:
             state = self._state()
-            address, mnemonic, text = cause(self._memory, state, ExitKind(kind), behind=behind)
-            site = self._sites[key] = Site(kind, address, mnemonic, text, decode.mode_name(state))
+            linear = decode.linear_of(state)
+            if self._blocks and kind in _MEMORY:
+                address, mnemonic, text = linear, "", "(in the block that is here)"
+            else:
+                prefers = behind or self._side.get(kind, False)
+                address, mnemonic, text = cause(self._memory, state, ExitKind(kind), behind=prefers, port=port)
+                if mnemonic:
+                    self._side[kind] = address != linear
+            site = self._places.get((kind, address))
+            if site is None:
+                site = self._places[kind, address] = Site(kind, address, mnemonic, text, decode.mode_name(state))
+            self._sites[key] = site
             return site
         site = self._rest.get(kind)
         if site is None:
@@ -91,35 +113,65 @@ class Ledger:
 
     def sites(self, limit: int) -> list[Site]:
         """The places with the most exits first, at most *limit*."""
-        return sorted((*self._sites.values(), *self._rest.values()), key=lambda site: -site.count)[:limit]
+        return sorted((*self._places.values(), *self._rest.values()), key=lambda site: -site.count)[:limit]
 
     @property
     def places(self) -> int:
-        return len(self._sites) + len(self._rest)
+        return len(self._places) + len(self._rest)
 
     def total(self) -> int:
-        return sum(site.count for site in (*self._sites.values(), *self._rest.values()))
+        return sum(site.count for site in (*self._places.values(), *self._rest.values()))
 
     def last(self) -> list[Site]:
         """The newest exits, the newest last; `count` is the place's, not the exit's."""
         return list(self._last)
 
 
-def cause(memory: mmap.mmap, state: CpuState, kind: ExitKind, *, behind: bool) -> tuple[int, str, str]:
-    """(linear address, mnemonic, text) of the instruction that caused an exit at this state."""
+def cause(memory: mmap.mmap, state: CpuState, kind: ExitKind, *, behind: bool,
+          port: int | None = None) -> tuple[int, str, str]:
+    """(linear address, mnemonic, text) of the instruction that caused an exit at this state.
+
+    behind: look behind the instruction pointer first. The mnemonic is "" where no instruction fits.
+    """
+    sides = (_before, _at) if behind else (_at, _before)
+    for side in sides:
+        found = side(memory, state, kind, port)
+        if found is not None:
+            address, name, operands = found
+            return address, _plain(name), f"{name} {operands}".strip()
+    return decode.linear_of(state), "", decode.describe(memory, state)
+
+
+def _fits(kind: ExitKind, name: str, operands: str, state: CpuState, port: int | None) -> bool:
     needs = _NEEDS.get(kind)
-    linear, bits = decode.linear_of(state), decode.bits_of(state)
+    if needs is not None and _plain(name) not in needs:
+        return False
+    if port is None:
+        return True
+    number = next((part for part in operands.split(", ") if part[:1].isdigit()), None)
+    return (state.gpr[RDX] & 0xFFFF if number is None else int(number, 0)) == port
+
+
+def _at(memory: mmap.mmap, state: CpuState, kind: ExitKind, port: int | None) -> tuple[int, str, str] | None:
+    linear = decode.linear_of(state)
     code = decode.read_code(memory, state, linear, decode.LONGEST)
-    here = decode.instruction_at(code, state.gpr[RIP], bits) if code else None
-    if not behind and here is not None and (needs is None or _plain(here[0]) in needs or kind is ExitKind.INTERRUPT):
-        return linear, _plain(here[0]), f"{here[0]} {here[1]}".strip()
-    if needs is not None:
-        for size in range(_BEHIND_MAX, 0, -1):
-            before = decode.read_code(memory, state, linear - size, size) if linear >= size else b""
-            found = decode.instruction_at(before, state.gpr[RIP] - size, bits) if len(before) == size else None
-            if found is not None and found[2] == size and _plain(found[0]) in needs:
-                return linear - size, _plain(found[0]), f"{found[0]} {found[1]}".strip()
-    return linear, "" if here is None else _plain(here[0]), decode.describe(memory, state)
+    found = decode.instruction_at(code, state.gpr[RIP], decode.bits_of(state)) if code else None
+    # A fault is any instruction's, INT n is told to be behind.
+    if found is None or (kind is not ExitKind.INTERRUPT and not _fits(kind, found[0], found[1], state, port)):
+        return None
+    return linear, found[0], found[1]
+
+
+def _before(memory: mmap.mmap, state: CpuState, kind: ExitKind, port: int | None) -> tuple[int, str, str] | None:
+    if kind not in _NEEDS:
+        return None
+    linear, bits = decode.linear_of(state), decode.bits_of(state)
+    for size in range(_BEHIND_MAX, 0, -1):
+        code = decode.read_code(memory, state, linear - size, size) if linear >= size else b""
+        found = decode.instruction_at(code, state.gpr[RIP] - size, bits) if len(code) == size else None
+        if found is not None and found[2] == size and _fits(kind, found[0], found[1], state, port):
+            return linear - size, found[0], found[1]
+    return None
 
 
 def _plain(mnemonic: str) -> str:

@@ -22,8 +22,8 @@ Whoever sees the byte clears it.  The handler (rdi holds the signal's number, un
     C3                ret                    ; to the kernel's sigreturn, which restores registers
 
 Invariants.  The code page is never writable and executable at once.  A slot is changed by one
-aligned 8-byte store, so the handler sees the old or the new address.  Only SIGUSR1 and
-SIGALRM are taken; Python's handling of all other signals is untouched.  Handlers survive
+aligned 8-byte store, so the handler sees the old or the new address.  Only SIGUSR1, SIGALRM and
+SIGPROF are taken; Python's handling of all other signals is untouched.  Handlers survive
 fork (the pages are private copies) and are per process: `install` is for the worker, not for a
 library's import.
 
@@ -43,7 +43,7 @@ from .base import EngineError
 __all__ = ["SIGNALS", "SLOTS", "Byte", "executable", "install", "register", "unregister", "used"]
 
 SLOTS: Final = 64
-SIGNALS: Final = (signal.SIGUSR1, signal.SIGALRM)
+SIGNALS: Final = (signal.SIGUSR1, signal.SIGALRM, signal.SIGPROF)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

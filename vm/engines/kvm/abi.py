@@ -41,6 +41,8 @@ IOCTLS: Final = {
     "KVM_SET_CPUID2": 0x4008AE90,
 }
 
+CAP_SYNC_REGS: Final = 74
+SYNC_REGISTERS: Final = 1 | 2        # KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 CAP_IMMEDIATE_EXIT: Final = 136
 
 
@@ -87,6 +89,8 @@ class IoDirection(enum.IntEnum):
 # Offsets inside struct kvm_run (bytes).
 RUN_OFFSETS: Final = {
     "immediate_exit": 1,
+    "kvm_valid_regs": 288,
+    "s.regs": 304,                     # struct kvm_sync_regs: general registers, then special ones
     "exit_reason": 8,
     "hw.hardware_exit_reason": 32,
     "fail_entry.hardware_entry_failure_reason": 32,

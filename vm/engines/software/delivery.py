@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from ..paging import PageFault, PagingMode, translate
+from ..paging import PageFault, PagingMode, read_linear, translate
 from .quirks import Native
 from .state import LMA, PAGING, PROTECTED, SEGMENTS, VM86, Registers
 
@@ -90,6 +90,9 @@ class Delivery:
                     self._registers.set_control(_CR2, fault.linear)
                 if first == _DOUBLE_FAULT:
                     raise TripleFault from fault
+                if instruction:
+                    # Such a fault is INT's own: it stands at the instruction, not behind it.
+                    self._words[16] -= self._length_of_int(vector)
                 instruction = False
                 second = fault.vector
                 if (first == _PAGE and (second == _PAGE or second in _CONTRIBUTORY)) or (
@@ -97,6 +100,13 @@ class Delivery:
                     first, vector, error = _DOUBLE_FAULT, _DOUBLE_FAULT, 0
                 else:
                     first, vector, error = second, second, fault.error
+
+    def _length_of_int(self, vector: int) -> int:
+        """Bytes of the INT n (CD n), INT3, INT1 or INTO that stands before the instruction pointer."""
+        mode = self._paging()
+        base = 0 if mode.long else self._registers.raw_segment(_CS)[1]
+        code = read_linear(self._memory, mode, base + self._words[16] - 2, 2)
+        return 2 if code == bytes((0xCD, vector)) else 1
 
     # -- memory ------------------------------------------------------------------------------
 

@@ -1,0 +1,118 @@
+"""What a worker can tell of its guest's inside: where it stands, why it left, where its time goes.
+
+Theory.  Three watchers over one vCPU: a ledger of exits by instruction (vm/code/ledger.py), filled by the
+engine at every exit; a sampler (vm/code/sampler.py), filled at every stop while a profile is being taken; and
+the listing of the code around CS:RIP, made when somebody asks or when the guest dies.
+
+The profile's timer counts the process' CPU time (ITIMER_PROF) and raises SIGPROF, one of the kicks: so the
+vCPU stops, `stopped` takes a sample, and the guest goes on. The timer ends by itself when the time
+that was asked for is over, whether or not the one who asked is still there.
+
+Invariants.  Nothing here changes the guest. Every answer fits a packet (protocol.MAX_PACKET).
+"""
+
+from __future__ import annotations
+
+import mmap
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from ..code import decode
+from ..code.ledger import Ledger
+from ..code.sampler import HZ_MAX, SECONDS_MAX, Sampler
+from ..engines.base import Cpu
+from .status import StatusPage
+
+__all__ = ["SITES_TOLD", "Eyes"]
+
+SITES_TOLD: Final = 256                # of the ledger's places in one answer
+
+
+class Eyes:
+    """`stopped` must be called after each `Cpu.run`; `close` before the process does something else."""
+
+    def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage) -> None:
+        self._memory = memory
+        self._cpu = cpu
+        self._status = status
+        self.ledger = Ledger(memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block")
+        cpu.watch = self.ledger.note
+        self._sampler: Sampler | None = None
+        self._sampling = False
+        self._until_ns = 0
+        self._begun: dict[str, int] = {}
+        self.requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "where": lambda _request: self.where(), "exits": self._exits, "profile": self._profile,
+            "profile-end": self._profile_end,
+        }
+
+    # -- where it stands ---------------------------------------------------------------------
+
+    def where(self) -> dict[str, Any]:
+        """Mode, place, the code around it and the last exits."""
+        state = self._cpu.get_state()
+        lines = decode.listing(self._memory, state)
+        return {
+            "mode": decode.mode_name(state), "place": decode.place(state), "address": decode.linear_of(state),
+            "instruction": decode.describe(self._memory, state),
+            "code": [[line.address, line.code.hex(), line.text] for line in lines],
+            "exits": [[*list(site.to_json().values())[:2], site.text] for site in self.ledger.last()],
+        }
+
+    # -- exits -------------------------------------------------------------------------------
+
+    def _exits(self, request: dict[str, Any]) -> dict[str, Any]:
+        limit = min(SITES_TOLD, max(1, int(request.get("limit", SITES_TOLD))))
+        ledger = self.ledger
+        return {"total": ledger.total(), "places": ledger.places,
+                "sites": [site.to_json() for site in ledger.sites(limit)]}
+
+    # -- profile -----------------------------------------------------------------------------
+
+    def _profile(self, request: dict[str, Any]) -> dict[str, Any]:
+        hz, seconds = int(request["hz"]), float(request["seconds"])
+        if not 1 <= hz <= HZ_MAX or not 0 < seconds <= SECONDS_MAX:
+            raise ValueError(f"a profile takes 1 to {HZ_MAX} samples a second for at most {SECONDS_MAX} s")
+        if self._sampling:
+            raise ValueError("a profile is being taken already; wait until it has ended")
+        self._sampler = Sampler(self._memory)
+        self._sampling = True
+        self._begun = self._accounts()
+        self._until_ns = self._begun["wall_ns"] + int(seconds * 1e9)
+        signal.setitimer(signal.ITIMER_PROF, 1 / hz, 1 / hz)
+        return {}
+
+    def stopped(self) -> None:
+        """The vCPU has stopped, whatever for: a sample, while a profile is being taken."""
+        if not self._sampling or self._sampler is None:
+            return
+        if time.monotonic_ns() >= self._until_ns:
+            self._stop()
+            return
+        self._sampler.sample(self._cpu.get_state())
+
+    def _stop(self) -> None:
+        self._sampling = False
+        signal.setitimer(signal.ITIMER_PROF, 0.0, 0.0)
+        now = self._accounts()
+        self._begun = {name: now[name] - value for name, value in self._begun.items()}
+
+    def _accounts(self) -> dict[str, int]:
+        status = self._status
+        return {"wall_ns": time.monotonic_ns(), "cpu_ns": time.process_time_ns(),
+                "host_ns": status.get("exit_handling_ns"), "sleeping_ns": status.get("sleeping_ns")}
+
+    def _profile_end(self, _request: dict[str, Any]) -> dict[str, Any]:
+        sampler = self._sampler
+        if sampler is None:
+            raise ValueError("no profile has been taken")
+        if self._sampling:
+            self._stop()
+        self._sampler = None
+        return {**sampler.told(), **self._begun, "granularity": self._cpu.stops_at}
+
+    def close(self) -> None:
+        if self._sampling:
+            self._stop()
