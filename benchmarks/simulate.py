@@ -73,11 +73,12 @@ def main() -> None:
     points = FAST if chosen.fast else POINTS
     found = [apart(kind, "fair", *at) for kind in KINDS for at in points]
     found += [apart("fleet", policy, *points[1]) for policy in chosen.policies.split(",") if policy != "fair"]
-    table("Wall time for a simulated minute", [
-        "kind", "policy", "host CPUs", "VMs", "simulated s", "wall s", "CPU s", "wall s/minute", "switches/s", "plan ms",
-        "max ms", "MiB"], [
+    head = ["kind", "policy", "host CPUs", "VMs", "simulated s", "wall s", "CPU s", "s/minute", "switches/s", "plan ms",
+            "max ms", "MiB"]
+    table("Wall time for a simulated minute", head, [
         [f["kind"], f["policy"], f["cpus"], f["vms"], f["seconds"], f["wall_s"], f["cpu_s"],
-         f["wall_s"] / f["seconds"] * 60, f["vm_switches_per_s"], f["plan_ms"], f["plan_max_ms"], f["rss_mib"]] for f in found])
+         f["wall_s"] / f["seconds"] * 60, f["vm_switches_per_s"], f["plan_ms"], f["plan_max_ms"], f["rss_mib"]]
+        for f in found])
     report("simulate", {"points": found}, chosen.json)
 
 
