@@ -14,6 +14,9 @@ Invariants.
 - A `Bus` call happens *during* an instruction; the registers seen inside it are those before
   the instruction, except that the instruction pointer may or may not have advanced. A device
   may change general registers (not RIP) inside `port_out`; the change survives.
+- An external interrupt is taken between two instructions of a guest that allows it (IF set, not behind
+  STI or a load of SS), and only while the bus asks (`request_interrupt`); its vector is fetched by
+  `Bus.acknowledge` at that moment. A HLT that an interrupt ends at once is not reported.
 - Kicks are never lost: one that arrives before `run` makes the next `run` return `KICKED`.
 
 Addresses are guest-physical unless named linear. Sizes are bytes.
@@ -22,14 +25,12 @@ Addresses are guest-physical unless named linear. Sizes are bytes.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 __all__ = [
     "EXIT_KINDS", "GPR", "Bus", "Cpu", "CpuState", "DescriptorTable", "EngineError",
     "Exit", "ExitKind", "ExitReason", "HostLimit", "Segment",
-    "Watch", "nobody",
 ]
 
 
@@ -60,7 +61,7 @@ class ExitKind(enum.IntEnum):
     MMIO_WRITE = 3
     HALT = 4
     KICK = 5
-    INTERRUPT = 6        # an interrupt or exception delivered by the host (software engine)
+    INTERRUPT = 6        # an external interrupt; on the software engine also every exception
     SHUTDOWN = 7
     OTHER = 8
 
@@ -141,14 +142,6 @@ class CpuState:
     efer: int = 0
 
 
-# (kind: ExitKind, *, behind: bool = False, port: int | None = None): see vm/code/ledger.py
-Watch = Callable[..., None]
-
-
-def nobody(_kind: int, *, behind: bool = False, port: int | None = None) -> None:
-    """The watch of a vCPU that nobody watches."""
-
-
 class Bus(Protocol):
     """The machine around a vCPU. Values are unsigned, `size` is 1, 2, 4 or 8."""
 
@@ -157,26 +150,17 @@ class Bus(Protocol):
     def mmio_read(self, address: int, size: int) -> int: ...
     def mmio_write(self, address: int, size: int, value: int) -> None: ...
 
+    def acknowledge(self) -> int:
+        """The vCPU takes the interrupt that was asked for: its vector. May ask for the next."""
+        ...
+
 
 class Cpu(Protocol):
     """One vCPU. Made by an engine's `create(memory, bus, exits)`; not thread-safe.
 
     `memory`: a writable shared mmap, guest-physical 0 upwards. `exits`: a memoryview of 'Q'
     with len(ExitKind) counters, incremented by the engine at every exit.
-
-    `watch` is called at every exit that an instruction causes, with its kind, whether the instruction
-    pointer is known to be behind the instruction, and the port. `stops_at` says how fine `run` stops for a kick:
-    "instruction" or "block".
     """
-
-    watch: Watch
-
-    @property
-    def stops_at(self) -> str: ...
-
-    def where(self) -> int:
-        """Linear address of CS:RIP as of the present exit. Cheap: called at every exit that is watched."""
-        ...
 
     def run(self) -> Exit:
         """Execute until something ends it. Releases the GIL while the guest computes."""
@@ -188,6 +172,10 @@ class Cpu(Protocol):
 
     def kick(self) -> None:
         """Make `run` return KICKED soon; from the same thread or a signal handler."""
+        ...
+
+    def request_interrupt(self, wanted: bool) -> None:
+        """The interrupt line, a level: the guest takes one as soon as it can. Also in Bus calls."""
         ...
 
     def get_gpr(self) -> list[int]:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import time
 from typing import Final, Protocol
 
-__all__ = ["PIT_HZ", "TICKS_PER_DAY", "Clock", "HostClock", "next_tick_ns", "tick_index"]
+__all__ = ["PIT_HZ", "TICKS_PER_DAY", "Clock", "HostClock"]
 
 PIT_HZ: Final = 1_193_182                 # 14.31818 MHz / 12, the PC's timer input
 TICKS_PER_DAY: Final = 0x1800B0           # BIOS convention: 65536 PIT periods a tick
-_TICK_PIT_PERIODS: Final = 65536
 
 
 class Clock(Protocol):
@@ -31,14 +30,3 @@ class HostClock:
 
     def wall_ns(self) -> int:
         return time.time_ns()
-
-
-def tick_index(now_ns: int) -> int:
-    """How many 54.9 ms timer ticks fit into *now_ns*."""
-    return now_ns * PIT_HZ // (_TICK_PIT_PERIODS * 1_000_000_000)
-
-
-def next_tick_ns(now_ns: int) -> int:
-    """The first time after *now_ns* at which `tick_index` has grown."""
-    periods = (tick_index(now_ns) + 1) * _TICK_PIT_PERIODS * 1_000_000_000
-    return -(-periods // PIT_HZ)

@@ -14,6 +14,7 @@ Sending blocks: a supervisor that asks and does not read the answers holds up it
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -27,6 +28,18 @@ from .protocol import MAX_PACKET
 
 __all__ = ["Control"]
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _PollFd(ctypes.Structure):
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class _TimeSpec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_libc.ppoll.argtypes = [ctypes.POINTER(_PollFd), ctypes.c_ulong, ctypes.POINTER(_TimeSpec), ctypes.c_void_p]
 F_SETSIG: Final = 10           # linux/fcntl.h; Python's module has no name for it
 
 
@@ -38,8 +51,7 @@ class Control:
         fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(fd, F_SETSIG, signal.SIGUSR1)
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-        self._readable = select.poll()
-        self._readable.register(fd, select.POLLIN)
+        self._readable = _PollFd(fd, select.POLLIN, 0)
         self._writable = select.poll()
         self._writable.register(fd, select.POLLOUT)
         self.gone = False
@@ -77,7 +89,13 @@ class Control:
 
     def wait(self, seconds: float | None) -> None:
         """Sleep until a packet comes or *seconds* have passed (None: for ever)."""
-        self._readable.poll(None if seconds is None else max(0.0, seconds * 1000))
+        timeout = None
+        if seconds is not None:
+            whole = max(0, round(seconds * 1e9))
+            timeout = ctypes.byref(_TimeSpec(*divmod(whole, 1_000_000_000)))
+        # Not select.poll(): it rounds up to milliseconds, a whole period of a guest's 1 kHz timer. A
+        # kick ends it (EINTR), which is as good as its packet.
+        _libc.ppoll(ctypes.byref(self._readable), 1, timeout, None)
 
     def close(self) -> None:
         self._socket.close()

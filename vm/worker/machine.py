@@ -8,16 +8,21 @@ there is no such device.  With a boot disk, the BIOS (bios/) is installed too, b
 Ending: a device that ends the VM (exit port, reset) sets `ending` and stops the vCPU; the
 first reason stands.
 
+Interrupts: devices raise lines of the interrupt controllers, which ask the vCPU (`Cpu.request_interrupt`); the
+engine acknowledges when the guest can take one.  Devices that interrupt by themselves (timer, clock, keyboard) are
+brought up to date by `poll`; `next_event_ns` says when that is worth doing again, and `alarm` is
+told whenever it changes, so that whoever runs the vCPU can leave it then, or wake it.
+
 Time spent here is added to `exit_handling_ns` of the status page at each exit: two clock reads
 and one store, some 200 ns, as against 2 us (software) to 66 us (PVM) for the exit itself.
 
 | ports | device |
 |---|---|
-| 20-21 A0-A1 | interrupt controllers (remembered, never raised) |
+| 20-21 A0-A1 | interrupt controllers: lines 0 timer, 1 keyboard, 4 serial, 8 clock |
 | 40-43 61 | interval timer, speaker gate |
 | 60 64 92 | keyboard controller, system control |
 | 70-71 | CMOS: time, date, memory size |
-| 80 E9 F4 | POST code, debug output, exit |
+| 80 E0-E3 E9 F4 | POST code, echo, debug output, exit |
 | B0 | BIOS calls (boot from disk only) |
 | 3C0-3DF | text display |
 | 3F8-3FF | serial port |
@@ -35,9 +40,12 @@ from ..engines.base import Cpu
 from .bios import BIOS_PORT, Bios, Wait
 from .clock import Clock
 from .devices import Device, nothing, ones
-from .devices.board import Board, Cmos, Interrupts
+from .devices import keyboard as keyboard_device
+from .devices.board import Board
+from .devices.cmos import Cmos
 from .devices.disk import DiskImage
 from .devices.keyboard import Keyboard
+from .devices.pic import Interrupts
 from .devices.serial import Serial
 from .devices.timer import Timer
 from .devices.vga import Vga
@@ -70,32 +78,43 @@ class Screen:
 
 
 class Machine:
-    """`count(name, n)` adds to a field of the status page. `disk` brings the BIOS with it."""
+    """`count(name, n)` adds to a field of the status page. `disk` brings the BIOS with it.
+
+    `alarm(ns)` is told when `poll` should be called next (monotonic; None: no device needs it).
+    """
 
     def __init__(
         self, memory: GuestMemory, clock: Clock, count: Callable[[str, int], None],
-        disk: DiskImage | None = None,
+        disk: DiskImage | None = None, alarm: Callable[[int | None], None] = lambda _ns: None,
     ) -> None:
         self.memory = memory
         self.ending: MachineEnding | None = None
         self._cpu: Cpu | None = None
-        self._count = count
+        self._clock, self._count, self._alarm = clock, count, alarm
+        self.next_event_ns: int | None = None
         self._seen: tuple[bytes, int] | None = None
         self.serial = Serial(clock, count)
-        self.keyboard = Keyboard(self.end)
+        self.interrupts = interrupts = Interrupts(self._ask, firmware=disk is not None)
+        self.timer = Timer(clock, interrupts, changed=self._schedule,
+                           lost=lambda n: count("timer_ticks_lost", n))
+        self.keyboard = Keyboard(clock, lambda level: interrupts.set(keyboard_device.LINE, level),
+                                 self._schedule, self.end)
         self.vga = Vga(clock)
         floppy_type = disk.geometry.floppy_type if disk else 0
-        cmos = Cmos(clock, memory.size, floppy_type)
+        self.cmos = cmos = Cmos(clock, memory.size, floppy_type, interrupts, self._schedule)
+        interrupts.masking, interrupts.masked_changed = self.poll, self._schedule
         self._reads: dict[int, Callable[[], int]] = {}
         self._writes: dict[int, Callable[[int], None]] = {}
-        self._claim(Interrupts(), Timer(clock), self.keyboard, self.vga, cmos, self.serial,
+        self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial,
                     Board(self.serial.put, self.end))
         self.bios: Bios | None = None
         if disk is not None:
             self.bios = Bios(memory, clock, vga=self.vga, keyboard=self.keyboard,
-                             serial=self.serial, cmos=cmos, disk=disk, end=self.end, count=count)
+                             serial=self.serial, cmos=cmos, disk=disk, end=self.end, count=count,
+                             poll=self.poll, poll_if_due=self._poll_if_due)
             self._reads[BIOS_PORT] = ones
             self._writes[BIOS_PORT] = self._bios_call
+        self._schedule()
 
     def _claim(self, *devices: Device) -> None:
         for device in devices:
@@ -109,6 +128,7 @@ class Machine:
         self.memory.changed = cpu.memory_changed
         if self.bios is not None:
             self.bios.attach(cpu)
+        cpu.request_interrupt(self.interrupts.asking)
 
     @property
     def wait(self) -> Wait | None:
@@ -120,6 +140,38 @@ class Machine:
             self.ending = MachineEnding(code, reason, exit_code)
         if self._cpu is not None:
             self._cpu.stop()
+
+    # Interrupts.
+
+    def _ask(self, asking: bool) -> None:
+        if self._cpu is not None:
+            self._cpu.request_interrupt(asking)
+
+    def acknowledge(self) -> int:
+        """The vCPU takes an interrupt: its vector."""
+        self._count("interrupts", 1)
+        vector = self.interrupts.acknowledge()
+        self.poll()                                # the next tick that is owed, if one is
+        return vector
+
+    def poll(self) -> None:
+        """Time has passed: let devices raise what is due."""
+        now_ns = self._clock.monotonic_ns()
+        self.timer.poll(now_ns)
+        self.cmos.poll(now_ns)
+        self.keyboard.poll(now_ns)
+        self._schedule()
+
+    def _poll_if_due(self) -> None:
+        if self.next_event_ns is not None and self._clock.monotonic_ns() >= self.next_event_ns:
+            self.poll()
+
+    def _schedule(self) -> None:
+        moments = (self.timer.next_ns(), self.cmos.next_ns(), self.keyboard.next_ns())
+        first = min((moment for moment in moments if moment is not None), default=None)
+        if first != self.next_event_ns:
+            self.next_event_ns = first
+            self._alarm(first)
 
     def _bios_call(self, _value: int) -> None:
         assert self.bios is not None
@@ -177,11 +229,10 @@ class Machine:
             wait, self.bios.wait = self.bios.wait, None
             wait.finish()
 
-    def tick(self) -> None:
-        """Time has passed or keys have come: bring the guest's data area up to date."""
+    def interrupt_wait(self) -> None:
+        """Let an interrupt through to a guest that waits in a BIOS call."""
         if self.bios is not None:
-            self.bios.system.update_ticks()
-            self.bios.keyboard.fill()
+            self.bios.interrupt_wait()
 
     def screen(self) -> Screen | None:
         """The text screen; None where guest memory ends below it."""

@@ -3,11 +3,14 @@
     build -> shut the door -> "started" -> run / sleep / pause -> "ended"
 
 Theory.  A vCPU is this process' only thread, so everything happens between two calls of
-`Cpu.run`: requests are answered, the guest's clock is brought up to date, and a guest that waits
+`Cpu.run`: requests are answered, devices are brought up to date, and a guest that waits
 (HLT, a BIOS call for a key) sleeps in poll() on the control socket, where it costs nothing.  The
 supervisor kicks (SIGUSR1) after each packet; vm/engines/kick.py makes `run` return for it
-wherever it was.  A machine with a BIOS also kicks itself with the timer's 18.2 Hz while it
-computes, so that the tick count in guest memory moves even for a guest that calls nobody.
+wherever it was.  While the guest computes, a one-shot timer (SIGALRM, also a kick) goes off when
+the machine has its next event, a tick of the guest's timer for instance; a guest that uses no
+interrupts is left alone.
+
+A guest in HLT sleeps until an interrupt asks; one that waits in a BIOS call takes interrupts, too.
 
 Invariants.
 - The phase word of the status page says what the thread does; SLEEPING and PAUSED mean that
@@ -16,9 +19,6 @@ Invariants.
   sentence, or the process was killed. No exception of an engine or of ours ends it silently.
 - Guest memory is mapped once, shared; nothing of the guest is copied out but what was asked for.
 - When the supervisor's end of the socket closes, the worker leaves.
-
-No interrupt is ever delivered to a guest: HLT with interrupts on goes on at the next timer tick
-or key, as if a handler had returned.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ from ..engines.base import (
     HostLimit,
 )
 from . import sandbox
-from .clock import Clock, HostClock, next_tick_ns
+from .clock import Clock, HostClock
 from .control import Control
 from .devices.disk import DiskImage
-from .eyes import Eyes
 from .machine import Machine
 from .memory import GuestMemory
 from .protocol import Ending, WorkerSpec
@@ -71,7 +70,8 @@ BOOT_SECTOR: Final = 0x7C00
 SERIAL_CHUNK_BYTES: Final = 48 * 1024
 TRACE_CHUNK: Final = 4096
 CALLS_LIMIT: Final = 2048                         # a hostile guest makes 65536 kinds of call; a packet is bounded
-TICK_S: Final = 65536 / 1_193_182
+ALARM_MIN_S: Final = 50e-6                        # a guest may ask for a tick each microsecond; nobody gets it
+INTERRUPT_FLAG: Final = 0x200
 BIOS_MEMORY_BYTES: Final = 1 << 20
 WARM_MEMORY_BYTES: Final = 1 << 20
 
@@ -105,9 +105,9 @@ class Worker:
         self._memory = GuestMemory(memory)
         self._paused = spec.started_paused
         self._asked = False                       # to stop
-        self._halted_until_ns: int | None = None  # behind a HLT
-        self._input_came = False                  # since that HLT
-        self._timer_on = False
+        self._halted = False                      # behind a HLT that nothing has ended yet
+        self._alarm_ns: int | None = None         # when the machine wants to be polled
+        self._running = False                     # the alarm is armed while the guest runs
         self._screen_version = 0
         self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "pause": self._pause, "resume": self._resume, "stop": self._stop,
@@ -116,7 +116,7 @@ class Worker:
             "calls": self._calls,
         }
         disk = self._load()
-        self.machine = Machine(self._memory, self._clock, status.add, disk)
+        self.machine = Machine(self._memory, self._clock, status.add, disk, self._alarm)
         try:
             self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits)
         except HostLimit as error:
@@ -124,8 +124,6 @@ class Worker:
         except EngineError as error:
             raise StartFailed("engine", str(error)) from error
         self.machine.attach(self.cpu)
-        self.eyes = Eyes(memory, self.cpu, status)
-        self._requests |= self.eyes.requests
         self.cpu.set_state(self._first_state(disk))
 
     # Building.
@@ -202,24 +200,26 @@ class Worker:
                 self._sleep(None, Phase.PAUSED)
                 continue
             now_ns = self._clock.monotonic_ns()
+            if self._alarm_ns is not None and now_ns >= self._alarm_ns:
+                machine.poll()
             if not machine.wait_is_over(now_ns):
-                wait = machine.wait
-                self._sleep(wait.until_ns if wait else None, Phase.SLEEPING)
-                continue
-            if self._halted_until_ns is not None:
-                if now_ns < self._halted_until_ns and not self._input_came:
-                    self._sleep(self._halted_until_ns, Phase.SLEEPING)
+                if self._interrupt_can_be_taken():
+                    machine.interrupt_wait()
+                else:
+                    wait = machine.wait
+                    self._sleep(wait.until_ns if wait else None, Phase.SLEEPING)
                     continue
-                self._halted_until_ns = None
-            machine.tick()
+            elif self._halted:
+                if not machine.interrupts.asking:
+                    self._sleep(None, Phase.SLEEPING)
+                    continue
+                self._halted = False
             machine.finish_wait()
-            self._timer(on=machine.bios is not None)
             status.set("phase", Phase.RUNNING)
+            self._arm(on=True)
             if status.get("started_ns") == 0:
                 status.set("started_ns", self._clock.monotonic_ns())
-            left = self.cpu.run()
-            self.eyes.stopped()
-            ending = self._after(left)
+            ending = self._after(self.cpu.run())
             if ending is not None:
                 return ending
 
@@ -233,9 +233,8 @@ class Worker:
         if left.reason is ExitReason.HALTED:
             if not left.interrupts_on:
                 return Ending("stopped", "the guest halted with interrupts off", "halted",
-                              registers=self._registers(), report=self.eyes.where())
-            self._input_came = False
-            self._halted_until_ns = next_tick_ns(self._clock.monotonic_ns())
+                              registers=self._registers())
+            self._halted = True
             return None
         return self._crash(_CRASHES[left.reason], _sentence(left))
 
@@ -244,29 +243,53 @@ class Worker:
         try:
             state = self.cpu.get_state()
             instruction = decode.describe(self._raw, state)
-            report = self.eyes.where()
         except Exception as error:
             # A dead engine may not answer any more; the ending must be told all the same.
             return replace(ending, reason=f"{reason} (its registers cannot be read: {error})")
-        return replace(ending, instruction=instruction, registers=flatten(state), report=report)
+        return replace(ending, instruction=instruction, registers=flatten(state))
 
     def _sleep(self, until_ns: int | None, phase: Phase) -> None:
-        """Wait for a packet or a time. The clock is the machine's, so tests decide how long."""
-        self._timer(on=False)
+        """Wait for a packet, a time or (not while paused) the machine's next event.
+
+        The clock is the machine's, so tests decide how long.
+        """
+        self._arm(on=False)
         self._status.set("phase", phase)
         begun = self._clock.monotonic_ns()
+        if phase is Phase.SLEEPING and self._alarm_ns is not None:
+            until_ns = self._alarm_ns if until_ns is None else min(until_ns, self._alarm_ns)
         self._control.wait(None if until_ns is None else (until_ns - begun) / 1e9)
         if phase is Phase.SLEEPING:
             self._status.add("sleeping_ns", self._clock.monotonic_ns() - begun)
 
-    def _timer(self, *, on: bool) -> None:
-        if on != self._timer_on:
-            self._timer_on = on
-            signal.setitimer(signal.ITIMER_REAL, *((TICK_S, TICK_S) if on else (0.0, 0.0)))
+    def _interrupt_can_be_taken(self) -> bool:
+        return self.machine.interrupts.asking and bool(self.cpu.get_gpr()[RFLAGS] & INTERRUPT_FLAG)
+
+    def _alarm(self, when_ns: int | None) -> None:
+        """The machine's next event has moved."""
+        self._alarm_ns = when_ns
+        if self._running:
+            self._set_timer()
+
+    def _arm(self, *, on: bool) -> None:
+        """Have the guest interrupted at the machine's next event, or no longer."""
+        if on:
+            # Set anew each time: it may have gone off early by a guest's clock that is not the host's.
+            self._running = True
+            if self._alarm_ns is not None:
+                self._set_timer()
+        elif self._running:
+            self._running = False
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    def _set_timer(self) -> None:
+        seconds = 0.0
+        if self._alarm_ns is not None:
+            seconds = max(ALARM_MIN_S, (self._alarm_ns - self._clock.monotonic_ns()) / 1e9)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def close(self) -> None:
-        self._timer(on=False)
-        self.eyes.close()
+        self._arm(on=False)
         self.cpu.close()
 
     # Requests.
@@ -307,7 +330,6 @@ class Worker:
 
     def _keys(self, request: dict[str, Any]) -> dict[str, Any]:
         keys = [(int(scan) & 0xFF, int(code) & 0xFF) for scan, code in request["scancodes"]]
-        self._input_came = True
         return {"accepted": self.machine.press(keys)}
 
     def _serial(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -317,7 +339,6 @@ class Worker:
                 "dropped_bytes": serial.dropped, "end": serial.ring.end}
 
     def _serial_input(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._input_came = True
         return {"accepted": self.machine.serial.feed(base64.b64decode(request["data"], validate=True))}
 
     def legacy(self) -> dict[str, Any]:

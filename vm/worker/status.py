@@ -36,6 +36,8 @@ FIELDS: Final = {
         "bios_calls", "disk_read_bytes", "disk_written_bytes",
         "screen_version",                      # moves when the text screen may have changed
         "sleeping_ns",                         # total time in SLEEPING
+        "interrupts",                          # external ones that the guest took
+        "timer_ticks_lost",                    # given up: the VM was too far behind (devices/timer.py)
     ))
 }
 EXITS_OFFSET: Final = 512

@@ -22,7 +22,8 @@ CLI_HALT = b"\xFA\xF4"
 SERIAL = bytes.fromhex("BAF803 B068 EE B069 EE B000 E6F4 EBFE")
 # vector 08h to a handler (out 20h, 20h; iret), 8259 set up with only the timer open; sti;
 # again: hlt; inc word [cs:100h]; jmp again
-HALTING = bytes.fromhex("31c08ed8c70620002b008c0e2200b011e620b008e621b004e621b001e621b0fee621fbf42eff060001ebf850b020e62058cf")
+HALTING = bytes.fromhex("31c08ed8c70620002b008c0e2200b011e620b008e621b004e621b001"
+                        "e621b0fee621fbf42eff060001ebf850b020e62058cf")
 STI_HALT = b"\xFB\xF4\xEB\xFD"
 # echo: mov dx,3FDh; in al,dx; test al,1; jz; mov dx,3F8h; in al,dx; out dx,al; jmp
 ECHO = bytes.fromhex("BAFD03 EC A801 74FB BAF803 EC EE EBF1")

@@ -39,10 +39,9 @@ IOCTLS: Final = {
     "KVM_GET_SREGS": 0x8138AE83,
     "KVM_SET_SREGS": 0x4138AE84,
     "KVM_SET_CPUID2": 0x4008AE90,
+    "KVM_INTERRUPT": 0x4004AE86,
 }
 
-CAP_SYNC_REGS: Final = 74
-SYNC_REGISTERS: Final = 1 | 2        # KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 CAP_IMMEDIATE_EXIT: Final = 136
 
 
@@ -88,10 +87,10 @@ class IoDirection(enum.IntEnum):
 
 # Offsets inside struct kvm_run (bytes).
 RUN_OFFSETS: Final = {
+    "request_interrupt_window": 0,
     "immediate_exit": 1,
-    "kvm_valid_regs": 288,
-    "s.regs": 304,                     # struct kvm_sync_regs: general registers, then special ones
     "exit_reason": 8,
+    "ready_for_interrupt_injection": 12,
     "hw.hardware_exit_reason": 32,
     "fail_entry.hardware_entry_failure_reason": 32,
     "io.direction": 32,

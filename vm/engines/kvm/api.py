@@ -135,6 +135,11 @@ class Vcpu:
             return False
         raise OSError(number, f"KVM_RUN: {os.strerror(number)}")
 
+    def interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT: taken at the next KVM_RUN; only when the vCPU is ready for it."""
+        number = ctypes.c_uint32(vector)
+        _call(self.fd, "KVM_INTERRUPT", ctypes.addressof(number))
+
     def get_registers(self, into: abi.Registers) -> None:
         _call(self.fd, "KVM_GET_REGS", ctypes.addressof(into))
 

@@ -5,6 +5,12 @@ shared `kvm_run` page.  Port and memory-mapped I/O are handed to the bus and the
 on; the *next* KVM_RUN completes the instruction that did the I/O.  There is no in-kernel
 interrupt controller: HLT comes back to us.
 
+Interrupts.  While the bus asks for one, KVM is told to leave the guest as soon as it can take one
+(`request_interrupt_window`).  At every entry with `ready_for_interrupt_injection` the vector is fetched and
+injected; a port instruction that KVM has still to complete is completed first.  PVM, which emulates ring 0
+some hundred instructions at a time, looks for the window between those: a guest that opens
+it for a few instructions only (STI, NOP, CLI) may not be interrupted there.
+
 Leaving.  Everything that wants `run` to return stores 1 into `kvm_run.immediate_exit` (see
 `kick.py`): KVM_RUN then first completes a pending I/O instruction, so that the vCPU stands at an
 instruction boundary, and returns EINTR without entering the guest.  A byte of our own beside
@@ -14,7 +20,7 @@ Invariants.  The order "clear immediate_exit, then look at the kick byte" in `_l
 kick at any point either part of this KICKED or the reason of the next one.  A string
 instruction (rep outs) counts as one exit a transfer of KVM's, and calls the bus once an element.
 
-Poor: one vCPU; memory ends below 0xFEE00000 (no hole is made for it); no interrupts are injected.
+Poor: one vCPU; memory ends below 0xFEE00000 (no hole is made for it).
 Limits of the host are reported as such: KVM that cannot run an instruction (PVM cannot run
 POPCNT in ring 0, for instance) ends in HOST_LIMIT with the instruction's text.
 """
@@ -38,8 +44,6 @@ from ..base import (
     ExitReason,
     HostLimit,
     Segment,
-    Watch,
-    nobody,
 )
 from . import abi
 from .api import Kvm, Vcpu, Vm, address_of
@@ -54,11 +58,9 @@ MEMORY_MAX: Final = 0xFEE0_0000          # the local APIC's page: nothing of our
 
 _IMMEDIATE_EXIT: Final = abi.RUN_OFFSETS["immediate_exit"]
 _EXIT_REASON: Final = abi.RUN_OFFSETS["exit_reason"]
-_VALID_REGISTERS: Final = abi.RUN_OFFSETS["kvm_valid_regs"]
-_SYNCED_RIP: Final = abi.RUN_OFFSETS["s.regs"] + 16 * 8
-_SYNCED_CS_BASE: Final = abi.RUN_OFFSETS["s.regs"] + ctypes.sizeof(abi.Registers)   # first of the special ones
+_WINDOW: Final = abi.RUN_OFFSETS["request_interrupt_window"]
+_READY: Final = abi.RUN_OFFSETS["ready_for_interrupt_injection"]
 _UNION: Final = 32                       # the union of exit details in kvm_run
-_QUAD: Final = struct.Struct("<Q").unpack_from
 _FORMATS: Final = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _INTERRUPT_FLAG: Final = 0x200
@@ -70,8 +72,6 @@ def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> KvmCpu:
 
 
 class KvmCpu:
-    stops_at = "instruction"
-
     def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
         if len(memory) > MEMORY_MAX or len(memory) % mmap.PAGESIZE:
             raise EngineError(
@@ -80,7 +80,6 @@ class KvmCpu:
         self._memory = memory
         self._bus = bus
         self._exits = exits
-        self.watch: Watch = nobody
         self._closed = False
         self._kvm = Kvm()
         try:
@@ -92,16 +91,13 @@ class KvmCpu:
             self._vm.set_memory(0, 0, memory)
             self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
             self._vcpu.set_cpuid(self._kvm.supported_cpuid())
-            self._synced = self._kvm.has(abi.CAP_SYNC_REGS) & abi.SYNC_REGISTERS == abi.SYNC_REGISTERS
         except OSError as error:
             raise HostLimit(refusal(error), busy=is_busy(error)) from error
         self._page = self._vcpu.page
-        if self._synced:
-            # KVM then leaves the registers in the page at each exit, for `where`.
-            struct.pack_into("<Q", self._page, _VALID_REGISTERS, abi.SYNC_REGISTERS)
         self._registers = abi.Registers()
         self._register_words = (ctypes.c_uint64 * 18).from_buffer(self._registers)
         self._stopping = False
+        self._wanted = False                    # an interrupt
         self._kicked = mmap.mmap(-1, mmap.PAGESIZE)
         self._kick_addresses = (
             address_of(self._kicked), address_of(self._page) + _IMMEDIATE_EXIT)
@@ -113,6 +109,9 @@ class KvmCpu:
     def run(self) -> Exit:
         page, vcpu, exits = self._page, self._vcpu, self._exits
         while True:
+            if self._wanted and page[_READY] and not page[_IMMEDIATE_EXIT]:
+                exits[ExitKind.INTERRUPT] += 1
+                vcpu.interrupt(self._bus.acknowledge())
             try:
                 entered = vcpu.run()
             except OSError as error:
@@ -124,9 +123,12 @@ class KvmCpu:
                 self._port_io()
             elif reason == abi.ExitCode.MMIO:
                 self._mmio()
+            elif reason == abi.ExitCode.IRQ_WINDOW_OPEN:
+                pass                            # the next entry takes the interrupt
             elif reason == abi.ExitCode.HLT:
+                if self._wanted and page[_READY]:
+                    continue
                 exits[ExitKind.HALT] += 1
-                self.watch(ExitKind.HALT, behind=True)
                 return Exit(ExitReason.HALTED,
                             interrupts_on=bool(self.get_gpr()[17] & _INTERRUPT_FLAG))
             else:
@@ -150,13 +152,11 @@ class KvmCpu:
         form = _FORMATS[size]
         if direction == abi.IoDirection.OUT:
             self._exits[ExitKind.IO_OUT] += 1
-            self.watch(ExitKind.IO_OUT, port=port)
             out = self._bus.port_out
             for index in range(count):
                 out(port, size, struct.unpack_from(form, page, offset + index * size)[0])
         else:
             self._exits[ExitKind.IO_IN] += 1
-            self.watch(ExitKind.IO_IN, port=port)
             mask = (1 << size * 8) - 1
             read = self._bus.port_in
             for index in range(count):
@@ -167,9 +167,7 @@ class KvmCpu:
         address, data, length, is_write = struct.unpack_from("<Q8sIB", page, _UNION)
         # KVM hands over odd lengths where an access crosses a page: cut them into bus sizes.
         done = 0
-        kind = ExitKind.MMIO_WRITE if is_write else ExitKind.MMIO_READ
-        self._exits[kind] += 1
-        self.watch(kind)
+        self._exits[ExitKind.MMIO_WRITE if is_write else ExitKind.MMIO_READ] += 1
         while done < length:
             size = next(size for size in (8, 4, 2, 1) if size <= length - done)
             if is_write:
@@ -185,11 +183,9 @@ class KvmCpu:
         union = struct.unpack_from("<II3Q", self._page, _UNION)
         if code == abi.ExitCode.SHUTDOWN:
             self._exits[ExitKind.SHUTDOWN] += 1
-            self.watch(ExitKind.SHUTDOWN)
             return Exit(ExitReason.TRIPLE_FAULT,
                         "the guest faulted while its fault handlers failed")
         self._exits[ExitKind.OTHER] += 1
-        self.watch(ExitKind.OTHER)
         if code == abi.ExitCode.INTERNAL_ERROR:
             return self._internal_error(union[0])
         if code == abi.ExitCode.FAIL_ENTRY:
@@ -228,17 +224,15 @@ class KvmCpu:
         self._stopping = True
         self._page[_IMMEDIATE_EXIT] = 1
 
+    def request_interrupt(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._page[_WINDOW] = wanted
+
     def kick(self) -> None:
         self._kicked[0] = 1
         self._page[_IMMEDIATE_EXIT] = 1
 
     # -- state -------------------------------------------------------------------------------
-
-    def where(self) -> int:
-        if not self._synced:
-            return self.segment_base("cs") + self.get_gpr()[16]
-        page = self._page
-        return (_QUAD(page, _SYNCED_CS_BASE)[0] + _QUAD(page, _SYNCED_RIP)[0])
 
     def get_gpr(self) -> list[int]:
         self._vcpu.get_registers(self._registers)
@@ -247,6 +241,8 @@ class KvmCpu:
     def set_gpr(self, values: list[int]) -> None:
         self._register_words[:] = values
         self._registers.rflags |= 2
+        if not values[17] & _INTERRUPT_FLAG:
+            self._page[_READY] = 0              # of the flags before
         self._vcpu.set_registers(self._registers)
 
     def segment_base(self, name: str) -> int:
@@ -265,6 +261,7 @@ class KvmCpu:
 
     def set_state(self, state: CpuState) -> None:
         special = self._vcpu.get_special()       # keeps the APIC base
+        self._page[_READY] = 0                   # of the state before
         for name in _SEGMENTS:
             _set_segment(getattr(special, name), getattr(state, name))
         for name in ("gdt", "idt"):

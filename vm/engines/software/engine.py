@@ -5,12 +5,16 @@ or a stop), the interrupt hooks (a vector to deliver, done in `delivery.py`), or
 when the bus asked to stop.  With none of these a normal return means HLT.  Everything
 physical beyond memory is one region whose reads and writes go to the bus, up to 2^52.
 
+External interrupts.  While the bus asks for one, the block hook also stops where the guest can take it: at
+the start of a block with IF set.  That is as soon as a processor would: STI, POPF and IRET end a block.  A HLT with
+an interrupt at hand goes on at once.
+
 Invariants.  A vector noted by a hook is delivered before anything else is looked at, so
 every return of `run` is at an instruction boundary.  A port instruction that is left early
 is completed here: for OUT the instruction pointer moves on, for IN also the value is stored.
 Every defect of Unicorn that shows is named in `quirks.py`.
 
-Poor: one vCPU, no injected interrupts; a stop asked for in a memory-mapped access or a string
+Poor: one vCPU; a stop asked for in a memory-mapped access or a string
 port instruction (INS, OUTS) comes at the end of the block, some instructions late, and the
 instruction pointer seen by the bus in a memory-mapped access may be that of the block.
 """
@@ -25,10 +29,10 @@ from unicorn import unicorn_const, x86_const
 
 from ...code import decode
 from .. import kick
-from ..base import Bus, CpuState, EngineError, Exit, ExitKind, ExitReason, Watch, nobody
+from ..base import Bus, CpuState, EngineError, Exit, ExitKind, ExitReason
 from ..paging import PagingMode, paging_mode, read_linear
 from .delivery import Delivery, TripleFault, Unsupported
-from .quirks import SEGMENT_SIZE, Native, Unicorn
+from .quirks import Native, Unicorn
 from .state import Registers
 
 __all__ = ["SoftwareCpu", "create"]
@@ -58,8 +62,6 @@ def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> SoftwareCpu:
 
 
 class SoftwareCpu:
-    stops_at = "block"
-
     def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
         if len(memory) % mmap.PAGESIZE:
             raise EngineError(
@@ -67,7 +69,6 @@ class SoftwareCpu:
         self._memory = memory
         self._bus = bus
         self._exits = exits
-        self.watch: Watch = nobody
         self._closed = False
         self._stopping = False
         self._halted = False                   # HLT ran in the block in which a stop was asked for
@@ -77,14 +78,12 @@ class SoftwareCpu:
         self._native = native = Native()
         self._unicorn = unicorn = Unicorn(memory)
         self._registers = Registers(unicorn)
-        # The base in the second segment cache, CS: read at every exit that is watched.
-        self._cs_base = ctypes.c_uint64.from_address(unicorn.env + unicorn.layout.segments + SEGMENT_SIZE + 8)
         self._delivery = Delivery(
             memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
         out, read_in = _OUT(self._port_out), _IN(self._port_in)
         for callback in (out, read_in):
             unicorn.keep(callback)
-        unicorn.hook(unicorn_const.UC_HOOK_BLOCK, native.block())
+        unicorn.hook(unicorn_const.UC_HOOK_BLOCK, native.block(unicorn.eflags, unicorn.hflags))
         unicorn.hook(unicorn_const.UC_HOOK_INTR, native.interrupt())
         unicorn.hook(unicorn_const.UC_HOOK_INSN_INVALID, native.note(_INVALID_OPCODE))
         for instruction, vector in ((x86_const.UC_X86_INS_SYSCALL, native.SYSCALL),
@@ -108,8 +107,14 @@ class SoftwareCpu:
     def run(self) -> Exit:
         native, page, unicorn = self._native, self._native.page, self._unicorn
         if self._halted:
-            return self._halt()
+            ended = self._halt()
+            if ended is not None:
+                return ended
         while True:
+            if page[native.WANTED] and self._registers.interruptible():
+                ended = self._interrupt()
+                if ended is not None:
+                    return ended
             status = unicorn.start()
             stopped = page[native.STOPPED]
             page[native.STOPPED] = 0
@@ -134,17 +139,22 @@ class SoftwareCpu:
             elif status != unicorn_const.UC_ERR_OK:
                 return self._failed(status)
             elif stopped:
-                return self._left()
+                if page[native.STOP]:
+                    return self._left()
             elif self._stopping:
                 self._halted = True
                 return self._left()
             else:
-                return self._halt()
+                ended = self._halt()
+                if ended is not None:
+                    return ended
 
-    def _halt(self) -> Exit:
+    def _halt(self) -> Exit | None:
+        """HLT is done. None when an interrupt is there already: the guest goes on with it."""
         self._halted = False
+        if self._native.page[Native.WANTED] and self._registers.interruptible():
+            return None
         self._exits[ExitKind.HALT] += 1
-        self.watch(ExitKind.HALT, behind=True)
         return Exit(ExitReason.HALTED,
                     interrupts_on=bool(self._unicorn.flags() & _INTERRUPT_FLAG))
 
@@ -161,13 +171,20 @@ class SoftwareCpu:
         self._exits[ExitKind.KICK] += 1
         return Exit(ExitReason.KICKED)
 
+    def _interrupt(self) -> Exit | None:
+        """Take the external interrupt; the guest stands between two instructions."""
+        self._exits[ExitKind.INTERRUPT] += 1
+        return self._through_gate(self._bus.acknowledge(), None, instruction=False)
+
     def _deliver(self, vector: int) -> Exit | None:
         self._exits[ExitKind.INTERRUPT] += 1
         instruction = vector != _INVALID_OPCODE and self._unicorn.was_instruction()
-        self.watch(ExitKind.INTERRUPT, behind=instruction or vector >= Native.SYSCALL)
         error = None
         if vector in _WITH_ERROR_CODE and not instruction:
             error = self._unicorn.error_code()
+        return self._through_gate(vector, error, instruction=instruction)
+
+    def _through_gate(self, vector: int, error: int | None, *, instruction: bool) -> Exit | None:
         try:
             self._delivery.deliver(vector, error=error, instruction=instruction)
         except TripleFault:
@@ -181,7 +198,6 @@ class SoftwareCpu:
 
     def _failed(self, status: int) -> Exit:
         self._exits[ExitKind.OTHER] += 1
-        self.watch(ExitKind.OTHER)
         state = self.get_state()
         where = decode.describe(self._memory, state)
         if status in _FETCH_ERRORS:
@@ -195,6 +211,9 @@ class SoftwareCpu:
         self._stopping = True
         self._native.page[Native.STOP] = 1
 
+    def request_interrupt(self, wanted: bool) -> None:
+        self._native.page[Native.WANTED] = wanted
+
     def kick(self) -> None:
         self._native.page[Native.KICKED] = 1
         self._native.page[Native.STOP] = 1
@@ -203,7 +222,6 @@ class SoftwareCpu:
 
     def _port_out(self, _uc: int, port: int, size: int, value: int, _user: int) -> None:
         self._exits[ExitKind.IO_OUT] += 1
-        self.watch(ExitKind.IO_OUT)
         self._inside = True
         try:
             self._bus.port_out(port, size, value & ((1 << size * 8) - 1))
@@ -215,7 +233,6 @@ class SoftwareCpu:
 
     def _port_in(self, _uc: int, port: int, size: int, _user: int) -> int:
         self._exits[ExitKind.IO_IN] += 1
-        self.watch(ExitKind.IO_IN)
         self._inside = True
         value = 0
         try:
@@ -229,7 +246,6 @@ class SoftwareCpu:
 
     def _mmio_read(self, _uc: int, offset: int, size: int, _user: int) -> int:
         self._exits[ExitKind.MMIO_READ] += 1
-        self.watch(ExitKind.MMIO_READ)
         try:
             value = self._bus.mmio_read(len(self._memory) + offset, size)
             return value & ((1 << size * 8) - 1)
@@ -239,7 +255,6 @@ class SoftwareCpu:
 
     def _mmio_write(self, _uc: int, offset: int, size: int, value: int, _user: int) -> None:
         self._exits[ExitKind.MMIO_WRITE] += 1
-        self.watch(ExitKind.MMIO_WRITE)
         try:
             self._bus.mmio_write(len(self._memory) + offset, size, value & ((1 << size * 8) - 1))
         except BaseException as error:  # as above
@@ -294,9 +309,6 @@ class SoftwareCpu:
             words[0] = (words[0] & ~mask) | value
 
     # -- state -------------------------------------------------------------------------------
-
-    def where(self) -> int:
-        return self._cs_base.value + self._unicorn.words[16]
 
     def get_gpr(self) -> list[int]:
         return self._registers.general()

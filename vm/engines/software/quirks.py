@@ -118,12 +118,13 @@ def _check(status: int, what: str) -> None:
 class Native:
     """Hooks in machine code and the page of bytes they share with the engine.
 
-    The page: byte 0 stop wanted (set by kicks), byte 1 a block hook has stopped, byte 2 leave at
-    this port access, byte 3 a kick; u32 at 4 the vector that was raised, or NONE.
+    The page: byte 0 stop wanted (set by kicks), byte 1 an interrupt wants in, byte 2 leave at
+    this port access, byte 3 a kick; u32 at 4 the vector that was raised, or NONE; byte 8 a block hook
+    has stopped.  The block hook tests bytes 0 and 1 in one comparison: every block pays for it.
     """
 
     NONE: Final = 0xFFFF_FFFF
-    STOP, STOPPED, LEAVE, KICKED, VECTOR = 0, 1, 2, 3, 4
+    STOP, WANTED, LEAVE, KICKED, VECTOR, STOPPED = 0, 1, 2, 3, 4, 8
     SYSCALL, SYSENTER = 0x100, 0x101           # vectors that no processor has
 
     def __init__(self) -> None:
@@ -142,13 +143,25 @@ class Native:
     def _data(self) -> bytes:
         return b"\x48\xB8" + struct.pack("<Q", self.address)          # mov rax, page
 
-    def block(self) -> int:
-        """void (uc, address, size, user): stop here when byte 0 is set."""
+    def block(self, eflags: int, hflags: int) -> int:
+        """void (uc, address, size, user): stop here when byte 0 is set, or byte 1 and the guest allows it.
+
+        The arguments are the addresses of the CPU state's flags: IF is bit 1 of the second byte of EFLAGS,
+        "the instruction after STI or MOV SS" bit 3 of the hidden flags.
+        """
         return self._make(
             self._data()
-            + bytes.fromhex("803800"                                  # cmp byte [rax], 0
-                            "7410"                                    # je  out
-                            "C6400101")                               # mov byte [rax+1], 1
+            + bytes.fromhex("66833800"                                # cmp word [rax], 0
+                            "7434"                                    # je  out
+                            "803800"                                  # cmp byte [rax], 0
+                            "751F")                                   # jne stop
+            + b"\x48\xB9" + struct.pack("<Q", eflags)                 # mov rcx, eflags
+            + bytes.fromhex("F6410102"                                # test byte [rcx+1], 2
+                            "741F")                                   # jz  out
+            + b"\x48\xB9" + struct.pack("<Q", hflags)                 # mov rcx, hflags
+            + bytes.fromhex("F60108"                                  # test byte [rcx], 8
+                            "7510"                                    # jnz out
+                            "C6400801")                               # stop: mov byte [rax+8], 1
             + b"\x48\xB8" + struct.pack("<Q", self._stop)             # mov rax, uc_emu_stop
             + bytes.fromhex("FFE0"                                    # jmp rax
                             "C3"))                                    # out: ret
@@ -207,12 +220,13 @@ class Unicorn:
                                    ctypes.c_void_p(base)), "map guest memory")
         self.uc.ctl_exits_enabled(True)                               # UNTIL_PROBE
         self.cpu, self.env = _find_cpu(self.uc)
-        self.words = (ctypes.c_uint64 * 18).from_address(self.env)
+        self.words = (ctypes.c_uint64 * 18).from_address(self.env)    # 16 general, RIP, EFLAGS
         self.bytes = memoryview((ctypes.c_ubyte * _ENV_SIZE).from_address(self.env)).cast("B")
         self.layout = found_layout()
         self._keep: list[Any] = []
         self._flags = ctypes.c_uint64()
         self._flags_reference = ctypes.byref(self._flags)
+        self.eflags, self.hflags = self.env + 17 * 8, self.env + self.layout.hflags
         self._old_exception = ctypes.c_int32.from_address(self.env + self.layout.old_exception)
 
     def hook(self, kind: int, pointer: int, *, instruction: int | None = None) -> None:

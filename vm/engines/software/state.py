@@ -27,9 +27,11 @@ _ORDER: Final = (0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16)
 
 PROTECTED, PAGING = 1, 1 << 31
 LMA, VM86 = 1 << 10, 1 << 17
+_IF: Final = 1 << 9
 _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE = 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7
 _HF_TF, _HF_IOPL, _HF_LMA, _HF_CS64, _HF_VM = 1 << 8, 3 << 12, 1 << 14, 1 << 15, 1 << 17
 _HF_OSFXSR = 1 << 22
+_HF_INHIBIT = 1 << 3                      # no interrupt before the next instruction is done
 _HF_MP_EM_TS = 7 << 9                     # CR0's bits 1, 2, 3 moved up by 8
 _COMPUTED = (_HF_CPL | _HF_CS32 | _HF_SS32 | _HF_ADDSEG | _HF_PE | _HF_TF | _HF_IOPL | _HF_LMA
              | _HF_CS64 | _HF_VM | _HF_OSFXSR | _HF_MP_EM_TS)
@@ -102,6 +104,10 @@ class Registers:
     def cpl(self) -> int:
         return self._hidden.value & 3
 
+    def interruptible(self) -> bool:
+        """Whether an external interrupt may be taken now: IF is set, STI or a load of SS not just before."""
+        return bool(self._words[17] & _IF) and not self._hidden.value & _HF_INHIBIT
+
     def sync(self) -> None:
         """Recompute the hidden flags. `cpl` follows SS, as QEMU has it."""
         _, ss_base, _, ss = self.raw_segment(SEGMENTS["ss"])
@@ -151,5 +157,6 @@ class Registers:
         self._efer.value = state.efer
         self._unicorn.set_flags(state.gpr[17])
         self.set_general(state.gpr)
+        self._hidden.value &= ~_HF_INHIBIT
         self.sync()
         self._unicorn.flush_translations()

@@ -1,8 +1,10 @@
-"""INT 16h: keys, from the keyboard's queue through the guest's own buffer in the data area.
+"""INT 09h and 16h: keys, from the keyboard controller through the guest's own buffer in the data area.
 
 Theory.  The buffer is the ring of 15 keys at 40:1Eh with head and tail at 40:1Ah and 40:1Ch, as
-on a PC: programs that peek or flush there work.  Whenever the BIOS is called, keys move from the
-host's queue into it.  Head and tail are a guest's to overwrite, so they are checked at each use.
+on a PC: programs that peek or flush there work.  The handler of INT 09h (handlers.asm) puts keys into it;
+a guest that hooks that vector sees every code first.  While the buffer is full and the vector the
+BIOS' own, the keyboard is held, so that typed text waits for room; behind another handler a full buffer drops keys, as
+on a PC.  and tail are a guest's to overwrite, so they are checked at each use.
 
 Waiting costs nothing.  AH=00h without a key puts the vCPU to sleep.  A guest that *polls* (AH=01h
 in a loop, as DOS does at its prompt) would burn its whole share doing nothing: after
@@ -14,12 +16,13 @@ when nobody has touched a key for seconds; what counts polls to tell the time go
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Final
 
 from ...engines.base import RAX
 from ..clock import Clock
-from ..devices.keyboard import Keyboard
+from ..devices.keyboard import ALT, CTRL, SHIFT, Keyboard
 from ..memory import GuestMemory
 from . import rom
 from .registers import Call, Wait
@@ -31,17 +34,28 @@ IDLE_NAP_NS: Final = 5_000_000
 DEEP_POLLS: Final = 300
 DEEP_NAP_NS: Final = 25_000_000
 _SEGMENT: Final = 0x400
+_SHIFT_BITS: Final = {SHIFT: 2, CTRL: 4, ALT: 8}
 
 
 class KeyboardService:
-    """`finish(change)` applies `change` to the stopped vCPU's registers once a key has come."""
+    """`finish(change)` applies `change` to the stopped vCPU's registers once a key has come.
+
+    `poll_devices` lets the keyboard go on when there is room for a key again.
+    """
 
     def __init__(
         self, memory: GuestMemory, keyboard: Keyboard, clock: Clock,
-        finish: Callable[[Callable[[list[int]], None]], None],
+        finish: Callable[[Callable[[list[int]], None]], None], poll_devices: Callable[[], None],
     ) -> None:
+        self._poll_devices = poll_devices
         self._memory, self._keyboard, self._clock, self._finish = memory, keyboard, clock, finish
         self.empty_polls = 0
+        self._own_vector = struct.pack("<HH", rom.entries()[0x09], rom.BIOS_SEGMENT)
+        keyboard.hold = self._full
+
+    def _full(self) -> bool:
+        head, tail = self._ring()
+        return self._after(tail) == head and self._memory.read(0x09 * 4, 4) == self._own_vector
 
     def _ring(self) -> tuple[int, int]:
         """Head and tail, offsets in segment 40h; a nonsensical pair becomes an empty buffer."""
@@ -57,20 +71,27 @@ class KeyboardService:
     def _after(offset: int) -> int:
         return rom.BDA_KEYS if offset + 2 >= rom.BDA_KEYS_END else offset + 2
 
-    def fill(self) -> None:
-        """Move keys from the host's queue into the guest's buffer."""
+    def put(self, scan: int, ascii_code: int) -> bool:
+        """Into the guest's buffer; False when it is full."""
         head, tail = self._ring()
-        while self._after(tail) != head:
-            key = self._keyboard.take()
-            if key is None:
-                return
-            scan, ascii_code = key
-            self._memory.poke_u16(_SEGMENT + tail, (scan & 0xFF) << 8 | ascii_code & 0xFF)
-            tail = self._after(tail)
-            self._memory.poke_u16(rom.BDA_KEY_TAIL, tail)
+        after = self._after(tail)
+        if after == head:
+            return False
+        self._memory.poke_u16(_SEGMENT + tail, scan << 8 | ascii_code)
+        self._memory.poke_u16(rom.BDA_KEY_TAIL, after)
+        return True
+
+    def interrupt(self, call: Call) -> None:
+        """INT 09h: AL is the code from port 60h, perhaps changed by an intercept (INT 15h/4Fh)."""
+        bit = _SHIFT_BITS.get(call.al & 0x7F)
+        if bit is not None:
+            held = self._memory.u8(rom.BDA_SHIFTS)
+            self._memory.poke_u8(rom.BDA_SHIFTS, held & ~bit if call.al & 0x80 else held | bit)
+        key = self._keyboard.key
+        if key is not None:
+            self.put(*key)
 
     def peek(self) -> int | None:
-        self.fill()
         head, tail = self._ring()
         return None if head == tail else self._memory.u16(_SEGMENT + head)
 
@@ -81,18 +102,23 @@ class KeyboardService:
         return key
 
     def call(self, call: Call) -> None:
+        self._serve(call)
+        if self._keyboard:                     # room may have come
+            self._poll_devices()
+
+    def _serve(self, call: Call) -> None:
         service = call.ah
         if service in (0x00, 0x10):
             self._read(call)
         elif service in (0x01, 0x11):
             self._poll(call)
         elif service == 0x02:
-            call.al = 0                        # no shift key is ever held
+            call.al = self._memory.u8(rom.BDA_SHIFTS)
         elif service == 0x12:
-            call.ax = 0
+            call.ax = self._memory.u8(rom.BDA_SHIFTS)
         elif service == 0x05:
             # 0 stored, 1 buffer full
-            call.al = 0 if self._keyboard.press(call.ch, call.cl) else 1
+            call.al = 0 if self.put(call.ch, call.cl) else 1
 
     def _read(self, call: Call) -> None:
         key = self.take()
@@ -104,6 +130,8 @@ class KeyboardService:
 
     def _deliver(self) -> None:
         key = self.take()
+        if self._keyboard:
+            self._poll_devices()
 
         def put(gpr: list[int]) -> None:
             gpr[RAX] = gpr[RAX] & ~0xFFFF | (key or 0)
@@ -122,4 +150,4 @@ class KeyboardService:
             nap_ns = DEEP_NAP_NS if self.empty_polls > DEEP_POLLS else IDLE_NAP_NS
             until = self._clock.monotonic_ns() + nap_ns
             # The poll that slept says "no key" even if one came: the next one finds it.
-            call.wait = Wait(for_key=True, until_ns=until, finish=lambda: None)
+            call.wait = Wait(for_key=True, until_ns=until, finish=lambda: None, nap=True)

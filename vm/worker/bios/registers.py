@@ -17,11 +17,15 @@ __all__ = ["Call", "Wait"]
 
 @dataclass(slots=True)
 class Wait:
-    """Why a vCPU may sleep: until a key comes, a time (monotonic ns) is reached, or either."""
+    """Why a vCPU may sleep: until a key comes, a time (monotonic ns) is reached, or either.
+
+    An interrupt always comes through. Then the wait goes on behind it, or, if it is a `nap`, is over.
+    """
 
     for_key: bool
     until_ns: int | None
     finish: Callable[[], None]
+    nap: bool = False
 
 
 class Call:

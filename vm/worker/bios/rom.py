@@ -5,18 +5,20 @@ Layout of segment F000 (linear F0000h):
 | offset | what |
 |---|---|
 | n * 8 | stub of vector n: `out BIOS_PORT, al` / `iret` |
-| 0800h | entry of INT 13h: loads ES:DI with the diskette table for AH=08h, then its stub |
-| 0820h | entry of INT 15h: loads ES:BX with the configuration table for AH=C0h, then its stub |
+| 0800h | handlers.bin: interrupt handlers, and the entries of services that need code of their own |
 | E6F5h | configuration table (INT 15h/C0h) |
 | EFC7h | diskette parameter table (vector 1Eh), at IBM's address |
 | FFF0h | reset entry (`int 19h`), date at FFF5h, model FCh (AT) at FFFEh |
 
-Segment registers can only be loaded by the guest itself: hence the two longer entries.
+Segment registers can only be loaded by the guest itself, and interrupts are the guest's own code:
+hence handlers.asm, whose bytes lie beside it (a test assembles them anew).
 Source of addresses and layouts: IBM PC/AT Technical Reference, Ralf Brown's interrupt list.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
 import struct
 from typing import Final
 
@@ -25,8 +27,8 @@ from ..memory import GuestMemory
 __all__ = [
     "BDA", "BDA_COLUMNS", "BDA_CURSOR", "BDA_CURSOR_SHAPE", "BDA_EQUIPMENT", "BDA_KEY_HEAD",
     "BDA_KEY_TAIL", "BDA_MEMORY_KIB", "BDA_MIDNIGHT", "BDA_MODE", "BDA_PAGE", "BDA_PAGE_BYTES",
-    "BDA_PAGE_START", "BDA_TICKS", "BIOS_PORT", "BIOS_SEGMENT", "CONVENTIONAL_KIB", "STUB_BYTES",
-    "install",
+    "BDA_PAGE_START", "BDA_SHIFTS", "BDA_TICKS", "BIOS_PORT", "BIOS_SEGMENT", "CONVENTIONAL_KIB", "STUB_BYTES",
+    "entries", "install",
 ]
 
 BIOS_PORT: Final = 0xB0
@@ -37,6 +39,7 @@ CONVENTIONAL_KIB: Final = 639                  # the last KiB is the extended BI
 BDA: Final = 0x400
 BDA_EQUIPMENT: Final = 0x410
 BDA_MEMORY_KIB: Final = 0x413
+BDA_SHIFTS: Final = 0x417                      # shift (1, 2), Ctrl (4), Alt (8) held
 BDA_KEY_HEAD: Final = 0x41A
 BDA_KEY_TAIL: Final = 0x41C
 BDA_KEYS: Final = 0x1E                         # offsets within the BDA's segment 40h
@@ -51,48 +54,38 @@ BDA_PAGE: Final = 0x462
 BDA_TICKS: Final = 0x46C
 BDA_MIDNIGHT: Final = 0x470
 
-_ENTRY_13, _ENTRY_15 = 0x0800, 0x0820
+_HANDLERS: Final = 0x0800
 _CONFIGURATION, _DISKETTE = 0xE6F5, 0xEFC7
+# The entries of handlers.asm, in the order of its table, and the vectors that lead to each.
+_ENTRIES: Final[tuple[tuple[str, tuple[int, ...]], ...]] = (
+    ("timer", (0x08,)), ("keyboard", (0x09,)), ("disk", (0x13,)), ("system", (0x15,)), ("keys", (0x16,)),
+    ("nothing", (0x1C,)), ("end_first", (0x0A, 0x0B, 0x0C, 0x0D, 0x0E, 0x77)),
+    ("end_second", (0x72, 0x73, 0x74, 0x75, 0x76)), ("clock", (0x70,)), ("redirected", (0x71,)),
+)
 
 
 def _stub() -> bytes:
     return bytes((0xE6, BIOS_PORT, 0xCF)).ljust(STUB_BYTES, b"\x90")
 
 
-def _jump(at: int, to: int) -> bytes:
-    return b"\xE9" + struct.pack("<H", to - (at + 3) & 0xFFFF)
+@functools.cache
+def _handlers() -> bytes:
+    return importlib.resources.files(__name__.rpartition(".")[0]).joinpath("handlers.bin").read_bytes()
 
 
-def _entry_13() -> bytes:
-    code = bytes.fromhex(
-        "80FC08"        # cmp ah, 8
-        "750C"          # jne stub
-        "80FA80"        # cmp dl, 80h
-        "7307"          # jae stub
-        "6800F0"        # push F000h
-        "07"            # pop es
-        "BF"            # mov di, ...
-    ) + struct.pack("<H", _DISKETTE)
-    return code + _jump(_ENTRY_13 + len(code), 0x13 * STUB_BYTES)
-
-
-def _entry_15() -> bytes:
-    code = bytes.fromhex(
-        "80FCC0"        # cmp ah, C0h
-        "7507"          # jne stub
-        "6800F0"        # push F000h
-        "07"            # pop es
-        "BB"            # mov bx, ...
-    ) + struct.pack("<H", _CONFIGURATION)
-    return code + _jump(_ENTRY_15 + len(code), 0x15 * STUB_BYTES)
+def entries() -> dict[int, int]:
+    """Offset in segment F000 of each vector's entry where that is not its plain stub."""
+    offsets = struct.unpack_from(f"<{len(_ENTRIES)}H", _handlers())
+    found = {vector: offset for (_, vectors), offset in zip(_ENTRIES, offsets, strict=True)
+             for vector in vectors}
+    return {**found, 0x0F: found[0x1C]}            # line 7: the spurious interrupt, which has no end
 
 
 def _rom() -> bytes:
     rom = bytearray(b"\xFF" * 0x10000)
     rom[:256 * STUB_BYTES] = _stub() * 256
     for offset, data in (
-        (_ENTRY_13, _entry_13()),
-        (_ENTRY_15, _entry_15()),
+        (_HANDLERS, _handlers()),
         # Length 8; AT model; second 8259, RTC and keyboard intercept are there.
         (_CONFIGURATION, struct.pack("<HBBBBBBBB", 8, 0xFC, 0x01, 0x00, 0x70, 0, 0, 0, 0)),
         # Step rate and unload, load, motor off, 512-byte sectors, 18 a track, gaps, filler, times.
@@ -109,8 +102,7 @@ def install(memory: GuestMemory, *, drive: int, ticks: int) -> None:
     """Write ROM, vectors and data area. Memory must be at least 1 MiB."""
     memory.write(BIOS_SEGMENT << 4, _rom())
     vectors = {n: (BIOS_SEGMENT, n * STUB_BYTES) for n in range(256)}
-    vectors[0x13] = (BIOS_SEGMENT, _ENTRY_13)
-    vectors[0x15] = (BIOS_SEGMENT, _ENTRY_15)
+    vectors.update((n, (BIOS_SEGMENT, offset)) for n, offset in entries().items())
     vectors[0x1E] = (BIOS_SEGMENT, _DISKETTE)
     for n in (0x1D, 0x1F, 0x41, 0x46, *range(0x60, 0x68)):
         vectors[n] = (0, 0)                    # tables that we do not have, and the users' own

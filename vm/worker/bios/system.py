@@ -1,8 +1,8 @@
 """The small services: equipment, memory size, system (15h), serial, printer, time of day.
 
-Time: the tick count lives in the guest's data area (40:6Ch) and is moved on by the ticks that
-have passed since it was last looked at, so a guest that sets it, or reads it directly, is served
-too.  The date and time of day are the host's in UTC; setting them is accepted and does nothing.
+Time: the tick count lives in the guest's data area (40:6Ch) and is moved on by the guest's own handler of
+the timer interrupt (handlers.asm).  The date and time of day are the host's in UTC; setting them is
+accepted and does nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Final
 
 from ...engines.base import RAX, RBX, RCX, RDX
-from ..clock import TICKS_PER_DAY, Clock, tick_index
-from ..devices.board import Cmos, bcd
+from ..clock import TICKS_PER_DAY, Clock
+from ..devices.cmos import Cmos, bcd
 from ..devices.serial import Serial
 from ..memory import GuestMemory
 from . import rom
@@ -37,24 +37,11 @@ class System:
     ) -> None:
         self._memory, self._clock, self._cmos, self._serial, self._end = (
             memory, clock, cmos, serial, end)
-        self._tick = tick_index(clock.monotonic_ns())
         self.services: dict[int, Callable[[Call], None]] = {
             0x11: self._equipment, 0x12: self._memory_size, 0x14: self._serial_port,
             0x15: self._system, 0x17: self._printer, 0x18: self._no_boot, 0x19: self._reboot,
             0x1A: self._time,
         }
-
-    def update_ticks(self) -> None:
-        """Bring the guest's tick count up to now."""
-        tick = tick_index(self._clock.monotonic_ns())
-        passed, self._tick = tick - self._tick, tick
-        if passed <= 0:
-            return
-        count = self._memory.u32(rom.BDA_TICKS) + passed
-        if count >= TICKS_PER_DAY:
-            count %= TICKS_PER_DAY
-            self._memory.poke_u8(rom.BDA_MIDNIGHT, 1)
-        self._memory.poke_u32(rom.BDA_TICKS, count)
 
     def _equipment(self, call: Call) -> None:
         call.ax = self._memory.u16(rom.BDA_EQUIPMENT)
@@ -166,14 +153,12 @@ class System:
     def _time(self, call: Call) -> None:
         service = call.ah
         if service == 0x00:
-            self.update_ticks()
             ticks = self._memory.u32(rom.BDA_TICKS)
             call.cx, call.dx = ticks >> 16, ticks & 0xFFFF
             call.al = self._memory.u8(rom.BDA_MIDNIGHT)
             self._memory.poke_u8(rom.BDA_MIDNIGHT, 0)
             call.carry = False
         elif service == 0x01:
-            self.update_ticks()
             self._memory.poke_u32(rom.BDA_TICKS, (call.cx << 16 | call.dx) % TICKS_PER_DAY)
             self._memory.poke_u8(rom.BDA_MIDNIGHT, 0)
             call.carry = False

@@ -1,11 +1,20 @@
-"""The keyboard: a bounded queue of keys and the 8042 controller's ports 60h and 64h.
+"""A keyboard and its 8042 controller: ports 60h and 64h, interrupt line 1.
 
-A key is `(scan code, ASCII)`, pressed and released at once.  Two readers share one queue: the
-BIOS moves keys into the guest's own buffer (bios/keyboard.py), and a guest that talks to port 60h
-itself takes them from here.  Reading port 60h gives the make code once and its break code
-after that, until the next key.
+Theory.  A key comes as the pair that INT 16h would give, (scan code, ASCII); `strokes` turns it into what
+a keyboard sends for it: make and break codes of set 1, between those of the modifier that is held for it.
+The bytes queue up; the controller shows one at a time in its output buffer, with the "full" bit of port
+64h and the interrupt line up.  The next one comes BYTE_NS after that was read, as over a keyboard's
+slow wire: until then a second read gets the same byte, on which programs rely that read port 60h in
+their own handler and go on to the BIOS'.  So a guest may wait for interrupts, poll, or leave it all
+to the BIOS (bios/rom.py has the handler of INT 09h).
+Answers of the controller to commands go first and do not interrupt: whoever gives a command polls for them.
+
+While `hold()` is true nothing more is shown: whoever types faster than a BIOS takes keys loses none.
+
+A byte carries the key that it completes, so that the BIOS need not guess the layout back (`key`).
 
 Controller commands: self tests answer well, A20 is always open, FEh resets the machine.
+Where it is poor: no mouse; keys are pressed and released at once, nothing repeats.
 """
 
 from __future__ import annotations
@@ -14,91 +23,180 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from ..clock import Clock
 from . import PortClaim
 
-__all__ = ["QUEUE_KEYS", "Keyboard"]
+__all__ = ["ALT", "BYTE_NS", "CTRL", "LINE", "QUEUE_KEYS", "SHIFT", "Keyboard", "strokes"]
 
+LINE: Final = 1
 QUEUE_KEYS: Final = 256
+BYTE_NS: Final = 1_000_000
+SHIFT, CTRL, ALT = 0x2A, 0x1D, 0x38              # make codes
+_BREAK: Final = 0x80
 
-_STATUS_OUTPUT_FULL, _STATUS_SYSTEM = 0x01, 0x14
+_OUTPUT_FULL, _SYSTEM, _COMMAND, _NOT_LOCKED = 0x01, 0x04, 0x08, 0x10
+_INTERRUPT, _DISABLED = 0x01, 0x10               # bits of the command byte
+
+_SHIFTED: Final = frozenset(map(ord, '!@#$%^&*()_+QWERTYUIOP{}ASDFGHJKL:"~|ZXCVBNM<>?'))
+_OWN_CONTROL: Final = frozenset((0x01, 0x0E, 0x0F, 0x1C))     # Esc, Backspace, Tab, Enter: ASCII below 20h
+# The BIOS' codes for keys with a modifier: first, last, modifier, make code of the first.
+_RANGES: Final = (
+    (0x54, 0x5D, SHIFT, 0x3B), (0x5E, 0x67, CTRL, 0x3B), (0x68, 0x71, ALT, 0x3B),     # F1 to F10
+    (0x78, 0x83, ALT, 0x02),                                                          # 1 to =
+    (0x85, 0x86, 0, 0x57), (0x87, 0x88, SHIFT, 0x57), (0x89, 0x8A, CTRL, 0x57), (0x8B, 0x8C, ALT, 0x57),
+    (0x97, 0xA3, ALT, 0x47),                                                          # navigation
+)
+_CTRL_NAVIGATION: Final = {0x73: 0x4B, 0x74: 0x4D, 0x75: 0x4F, 0x76: 0x51, 0x77: 0x47, 0x84: 0x49,
+                           0x8D: 0x48, 0x91: 0x50, 0x92: 0x52, 0x93: 0x53}
+
+
+def strokes(scan: int, ascii_code: int) -> tuple[int, int]:
+    """(make code of the modifier or 0, make code of the key or 0) for a key as INT 16h names it."""
+    if scan == 0:
+        return ALT, 0                            # a character by its number: typed with Alt
+    for first, last, modifier, make in _RANGES:
+        if first <= scan <= last:
+            return modifier, make + scan - first
+    if scan in _CTRL_NAVIGATION:
+        return CTRL, _CTRL_NAVIGATION[scan]
+    if ascii_code in _SHIFTED or (scan, ascii_code) == (0x0F, 0):
+        return SHIFT, scan & 0x7F
+    if ascii_code == 0:
+        return (CTRL if scan == 0x03 else ALT if scan < 0x3B else 0), scan & 0x7F
+    return (CTRL if ascii_code < 0x20 and scan not in _OWN_CONTROL else 0), scan & 0x7F
 
 
 class Keyboard:
-    def __init__(self, end: Callable[[str, str, int | None], None]) -> None:
-        self._end = end
-        self._keys: deque[tuple[int, int]] = deque()
+    """`line(bool)` is the interrupt line, `changed()` says that `next_ns` moved, `end` ends the VM."""
+
+    def __init__(self, clock: Clock, line: Callable[[bool], None], changed: Callable[[], None],
+                 end: Callable[[str, str, int | None], None]) -> None:
+        self._clock, self._line, self._changed, self._end = clock, line, changed, end
+        self.hold: Callable[[], bool] = lambda: False
+        self._bytes: deque[tuple[int, tuple[int, int] | None]] = deque()
+        self._keys = 0                             # whose last byte is still in the queue
         self._answers: deque[int] = deque(maxlen=16)
-        self._fresh = False                        # the make code in _last was not read yet
-        self._last = 0
+        self._full = False
+        self._last = 0                             # the output buffer
+        self._from_answer = False
+        self._not_before_ns = 0                    # the next byte of the keyboard
         self._command = 0                          # waiting for its data byte
-        self._mode = 0x45
+        self._was_command = False
+        self._mode = 0x45                          # translated, system flag, interrupt on
+        self.key: tuple[int, int] | None = None    # the key that the byte last shown completes
 
     def ports(self) -> Iterable[PortClaim]:
-        yield 0x60, self._read_data, self._write_data
+        yield 0x60, self.read, self._write_data
         yield 0x64, self._read_status, self._write_command
 
     def press(self, scan: int, ascii_code: int) -> bool:
         """Queue a key; False when the queue is full."""
-        if len(self._keys) >= QUEUE_KEYS:
+        if self._keys >= QUEUE_KEYS:
             return False
-        self._keys.append((scan, ascii_code))
+        modifier, make = strokes(scan & 0xFF, ascii_code & 0xFF)
+        key = (scan & 0xFF, ascii_code & 0xFF)
+        codes = [code for code in (modifier, make) if code]
+        codes += [code | _BREAK for code in (make, modifier) if code]
+        completes = codes.index(make) if make else len(codes) - 1
+        self._bytes.extend((code, key if index == completes else None) for index, code in enumerate(codes))
+        self._bytes.append((0, None))              # the key's end, never shown
+        self._keys += 1
+        self._load()
+        self._changed()
         return True
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return self._keys
 
-    def take(self) -> tuple[int, int] | None:
-        """The next key, for the BIOS; port 60h shows its scan code from now on."""
-        if not self._keys:
-            return None
-        key = self._keys.popleft()
-        self._last, self._fresh = key[0] & 0x7F, True
-        return key
+    def _load(self) -> None:
+        """Show the next byte if the buffer is free."""
+        if self._full:
+            return
+        if self._answers:
+            self._last, self._full, self._from_answer, self.key = self._answers.popleft(), True, True, None
+            return
+        if self._clock.monotonic_ns() < self._not_before_ns or not self._may_load():
+            return
+        while self._bytes:
+            code, key = self._bytes.popleft()
+            if code:
+                self._last, self._full, self._from_answer, self.key = code, True, False, key
+                if self._mode & _INTERRUPT:
+                    self._line(True)
+                return
+            self._keys -= 1
+
+    def _answer(self, *values: int) -> None:
+        self._answers.extend(values)
+        self._load()
+
+    def poll(self, _now_ns: int) -> None:
+        self._load()
+
+    def next_ns(self) -> int | None:
+        """When a byte that waits can be shown; None when the guest must do something first."""
+        return self._not_before_ns if not self._full and self._may_load() else None
+
+    def _may_load(self) -> bool:
+        return bool(self._bytes) and not self._mode & _DISABLED and not self.hold()
 
     def _read_status(self) -> int:
-        full = bool(self._answers or self._fresh or self._keys)
-        return _STATUS_SYSTEM | (_STATUS_OUTPUT_FULL if full else 0)
+        self._load()
+        return (_SYSTEM | _NOT_LOCKED | (_OUTPUT_FULL if self._full else 0)
+                | (_COMMAND if self._was_command else 0))
 
-    def _read_data(self) -> int:
-        if self._answers:
-            return self._answers.popleft()
-        if not self._fresh:
-            self.take()
-        if self._fresh:
-            self._fresh = False
-            make, self._last = self._last, self._last | 0x80
-            return make
-        return self._last
+    def read(self) -> int:
+        """Port 60h: the byte in the buffer, or the last one again."""
+        value = self._last
+        if self._full:
+            self._full = False
+            self._line(False)
+            if not self._from_answer:
+                self._not_before_ns = self._clock.monotonic_ns() + BYTE_NS
+            self._load()
+            self._changed()
+        return value
 
     def _write_command(self, value: int) -> None:
-        self._command = 0
-        if value & 0xF1 == 0xF0 and not value & 1:     # pulse output bit 0: the reset line
+        self._command, self._was_command = 0, True
+        if value & 0xF1 == 0xF0:                       # pulse output bit 0: the reset line
             self._end("reset", "the guest reset itself by the keyboard controller", None)
         elif value == 0x20:
-            self._answers.append(self._mode)
+            self._answer(self._mode)
         elif value == 0xAA:
-            self._answers.append(0x55)
+            self._answer(0x55)
         elif value in (0xA9, 0xAB):
-            self._answers.append(0x00)
+            self._answer(0x00)
+        elif value == 0xAD:
+            self._mode |= _DISABLED
+        elif value == 0xAE:
+            self._mode &= ~_DISABLED
+            self._load()
+            self._changed()
         elif value == 0xC0:
-            self._answers.append(0x80)
+            self._answer(0x80)
         elif value == 0xD0:
-            self._answers.append(0xDF)                 # A20 open, not in reset
+            self._answer(0xDF)                         # A20 open, not in reset
         elif value in (0x60, 0xD1, 0xD2, 0xD3, 0xD4):
             self._command = value
 
     def _write_data(self, value: int) -> None:
-        command, self._command = self._command, 0
+        command, self._command, self._was_command = self._command, 0, False
         if command == 0x60:
             self._mode = value
+            self._line(self._full and not self._from_answer and bool(value & _INTERRUPT))
+            self._load()
+            self._changed()
         elif command == 0xD1:
             if not value & 1:
                 self._end("reset", "the guest reset itself by the keyboard controller", None)
         elif command == 0xD2:
-            self._answers.append(value)
+            self._answer(value)
         elif command == 0 and value == 0xFF:           # reset: acknowledge, test passed
-            self._answers.extend((0xFA, 0xAA))
+            self._bytes.clear()
+            self._keys = 0
+            self._answer(0xFA, 0xAA)
         elif command == 0 and value == 0xF2:
-            self._answers.extend((0xFA, 0xAB, 0x83))
+            self._answer(0xFA, 0xAB, 0x83)
         elif command == 0:
-            self._answers.append(0xFA)
+            self._answer(0xFA)

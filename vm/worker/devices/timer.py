@@ -5,18 +5,36 @@ differ from one to the next, which is what guests take for randomness (`in al, 4
 a latched value stays until it has been read.  Channel 2's gate and output let an operating
 system measure a delay through port 61h.
 
-Where it is poor: no interrupt comes from channel 0 (the worker delivers ticks otherwise), and
-modes 1, 4 and 5 count like mode 0.
+Channel 0 interrupts (line 0): each rising edge of its output is a *tick*.  Which ticks have come by
+now follows from the clock alone, without drift: tick k of a count of n comes k*n/PIT_HZ after the
+count was written.  `poll` brings the controller up to date, `next_ns` says when it is worth polling.
+
+Ticks owed.  A VM that had no CPU, or interrupts off, has missed ticks.  Like the timers of other hypervisors
+that keep a guest's clock right, they are made up for: one at a time, each when the one before
+has been acknowledged, at most CATCH_UP times as fast as programmed.  What is owed beyond OWED_S seconds'
+worth is given up and counted (`lost`).  While a guest has masked the line it wants no ticks: none are owed, but
+the one edge that a controller would remember.
+
+Where it is poor: modes 1 and 5 never start on channel 0, as on a PC, and count like mode 0 on the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from ..clock import PIT_HZ, Clock
 from . import PortClaim
+from .pic import Interrupts
 
-__all__ = ["Timer"]
+__all__ = ["CATCH_UP", "LINE", "OWED_S", "Timer"]
+
+LINE: Final = 0
+CATCH_UP: Final = 8
+OWED_S: Final = 2
+_SECOND_NS: Final = 1_000_000_000
+_PERIODIC: Final = (2, 3)
+_ONE_SHOT: Final = (0, 4)
 
 
 class _Channel:
@@ -24,13 +42,14 @@ class _Channel:
         self._clock = clock
         self.mode, self.access, self.reload = 3, 3, 0x10000
         self.since_ns = clock.monotonic_ns()
+        self.waiting = False                       # a mode without its count: the counter stands
         self.latched: int | None = None
         self.status: int | None = None
-        self.high_next = False
-        self._low = 0
+        self.high_next = False                     # of a read
+        self._low: int | None = None               # first byte of a written count
 
     def elapsed(self) -> int:
-        return (self._clock.monotonic_ns() - self.since_ns) * PIT_HZ // 1_000_000_000
+        return (self._clock.monotonic_ns() - self.since_ns) * PIT_HZ // _SECOND_NS
 
     def value(self) -> int:
         elapsed = self.elapsed()
@@ -48,6 +67,21 @@ class _Channel:
             return elapsed % self.reload != self.reload - 1
         return elapsed >= self.reload
 
+    def edges(self, now_ns: int) -> int:
+        """Rising edges of the output since the count was written."""
+        if self.waiting:
+            return 0
+        elapsed = (now_ns - self.since_ns) * PIT_HZ // _SECOND_NS
+        if self.mode in _PERIODIC:
+            return elapsed // self.reload
+        return int(self.mode in _ONE_SHOT and elapsed >= self.reload)
+
+    def edge_ns(self, number: int) -> int | None:
+        """When edge *number* (from 1) comes; None when it never does."""
+        if self.waiting or (self.mode not in _PERIODIC and (number > 1 or self.mode not in _ONE_SHOT)):
+            return None
+        return self.since_ns - -number * self.reload * _SECOND_NS // PIT_HZ
+
     def read(self) -> int:
         if self.status is not None:
             status, self.status = self.status, None
@@ -62,26 +96,28 @@ class _Channel:
             self.latched = None
         return value >> 8 if high else value & 0xFF
 
-    def write(self, byte: int) -> None:
+    def write(self, byte: int) -> bool:
+        """A byte of the count; whether the count is complete and starts."""
         if self.access == 3:
-            self.high_next = not self.high_next
-            if self.high_next:
+            if self._low is None:
                 self._low = byte
-                return
-            count = byte << 8 | self._low
+                return False
+            count, self._low = byte << 8 | self._low, None
         else:
             count = byte << 8 if self.access == 2 else byte
         self.reload = count or 0x10000
         self.since_ns = self._clock.monotonic_ns()
+        self.waiting = False
+        return True
 
     def control(self, byte: int) -> None:
         self.access = byte >> 4 & 3
         mode = byte >> 1 & 7
         self.mode = mode & 3 if mode > 5 else mode
         self.high_next = False
-        self.latched = self.status = None
-        # Until a count is written the output follows the new mode from now on.
+        self._low = self.latched = self.status = None
         self.since_ns = self._clock.monotonic_ns()
+        self.waiting = True
 
     def latch_count(self) -> None:
         if self.latched is None:
@@ -89,20 +125,69 @@ class _Channel:
 
     def latch_status(self) -> None:
         if self.status is None:
-            self.status = self.output() << 7 | self.access << 4 | self.mode << 1
+            self.status = (self.output() << 7 | self.waiting << 6 | self.access << 4 | self.mode << 1)
 
 
 class Timer:
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    """`changed()` is called when the guest programs channel 0, `lost(n)` when ticks are given up."""
+
+    def __init__(self, clock: Clock, interrupts: Interrupts, *, changed: Callable[[], None],
+                 lost: Callable[[int], None]) -> None:
+        self._clock, self._interrupts = clock, interrupts
+        self._changed, self._lost = changed, lost
         self._channels = [_Channel(clock) for _ in range(3)]
         self._gate = 0
+        self._seen = 0                             # edges of channel 0 that are accounted for
+        self._owed = 0                             # of these, not given to the controller yet
+        self._not_before_ns = 0
 
     def ports(self) -> Iterable[PortClaim]:
         for index, channel in enumerate(self._channels):
-            yield 0x40 + index, channel.read, channel.write
+            yield 0x40 + index, channel.read, lambda byte, index=index: self._count(index, byte)
         yield 0x43, lambda: 0xFF, self._command
         yield 0x61, self._read_gate, self._write_gate
+
+    # Interrupts.
+
+    def poll(self, now_ns: int) -> None:
+        """Account for the ticks up to now and give the controller the next one that is owed."""
+        channel, interrupts = self._channels[0], self._interrupts
+        edges = channel.edges(now_ns)
+        due, self._seen = edges - self._seen, edges
+        if interrupts.masked(LINE):
+            if due or self._owed:
+                self._owed = 0
+                interrupts.pulse(LINE)             # remembered once, however many there were
+            return
+        self._owed += due
+        most = max(1, OWED_S * PIT_HZ // channel.reload)
+        if self._owed > most:
+            self._lost(self._owed - most)
+            self._owed = most
+        if self._owed and now_ns >= self._not_before_ns and not interrupts.requested(LINE):
+            self._owed -= 1
+            self._not_before_ns = now_ns + channel.reload * _SECOND_NS // (PIT_HZ * CATCH_UP)
+            interrupts.pulse(LINE)
+
+    def next_ns(self) -> int | None:
+        """When `poll` has something to do again, None: not before the guest does something."""
+        if self._interrupts.masked(LINE) or self._interrupts.requested(LINE):
+            return None
+        if self._owed:
+            return self._not_before_ns
+        return self._channels[0].edge_ns(self._seen + 1)
+
+    # Ports.
+
+    def _count(self, index: int, byte: int) -> None:
+        if index == 0:
+            self.poll(self._clock.monotonic_ns())
+        if self._channels[index].write(byte) and index == 0:
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._seen = self._owed = 0
+        self._changed()
 
     def _command(self, byte: int) -> None:
         select = byte >> 6
@@ -117,6 +202,8 @@ class Timer:
             self._channels[select].latch_count()
         else:
             self._channels[select].control(byte)
+            if select == 0:
+                self._start_anew()
 
     def _read_gate(self) -> int:
         # Bit 4 toggles with every memory refresh of a PC, 15 us: old delay loops watch it.

@@ -1,0 +1,167 @@
+"""The CMOS memory and its real-time clock (ports 70h, 71h), an MC146818 on interrupt line 8.
+
+Theory.  Date and time are the host's in UTC, in BCD or binary and 24 or 12 hours as register B asks; setting
+them is accepted and does nothing.  Three things can interrupt, each with an enable bit in
+register B and a flag in C: periodic (rate in A), once a second (update ended), and the alarm.  As
+with the timer all follows from the clock: `poll` sets the flags that are due, `next_ns` says when one
+comes.  The line stays up until the guest reads C, which clears the flags: periodic interrupts that a guest did
+not fetch in time are lost, as on a PC.
+
+Units: periods of 1/32768 s times 2^(rate - 1).
+Where it is poor: an alarm is looked for in the last minute only, however long the VM was away; the
+update-in-progress bit never shows (a read is always consistent).
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from ..clock import Clock
+from . import PortClaim, ones
+from .pic import Interrupts
+
+__all__ = ["LINE", "Cmos", "bcd"]
+
+LINE: Final = 8
+_CRYSTAL_HZ: Final = 32_768
+_SECOND_NS: Final = 1_000_000_000
+_A, _B, _C, _D, _CENTURY = 0x0A, 0x0B, 0x0C, 0x0D, 0x32
+_TIME: Final = frozenset((0, 2, 4, 6, 7, 8, 9, _CENTURY))
+_BINARY, _HOURS_24 = 0x04, 0x02
+_PERIODIC, _ALARM, _UPDATE, _ANY = 0x40, 0x20, 0x10, 0x80     # the same bits in B (enable) and C (flag)
+_SET: Final = 0x80                                            # B: updates stopped
+_ALARM_WINDOW_S: Final = 60
+
+
+class Cmos:
+    """`changed()` is called when the guest asks for other interrupts than before."""
+
+    def __init__(self, clock: Clock, memory_bytes: int, floppy_type: int, interrupts: Interrupts,
+                 changed: Callable[[], None]) -> None:
+        self._clock, self._interrupts, self._changed = clock, interrupts, changed
+        self._index = 0
+        self._since_ns = clock.monotonic_ns()      # periods are counted from here
+        self._periods = 0
+        self._second = clock.wall_ns() // _SECOND_NS
+        extended = min(max(0, (memory_bytes >> 10) - 1024), 0xFFFF)
+        high = min(max(0, (memory_bytes >> 16) - 256), 0xFFFF)
+        self._ram = bytearray(128)
+        self._ram[_A], self._ram[_B] = 0x26, _HOURS_24
+        self._ram[_D] = 0x80                       # battery good
+        self._ram[0x10] = floppy_type << 4
+        self._ram[0x14] = 0x21 if floppy_type else 0x20
+        self._ram[0x15:0x17] = (640).to_bytes(2, "little")
+        self._ram[0x17:0x19] = self._ram[0x30:0x32] = extended.to_bytes(2, "little")
+        self._ram[0x34:0x36] = high.to_bytes(2, "little")
+
+    def ports(self) -> Iterable[PortClaim]:
+        yield 0x70, ones, self._select
+        yield 0x71, self._read, self._write
+
+    def now(self) -> datetime.datetime:
+        seconds = self._clock.wall_ns() // _SECOND_NS
+        return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
+
+    # Interrupts.
+
+    def _period_ns(self) -> int:
+        """Length of a period; 0 when switched off."""
+        rate = self._ram[_A] & 0x0F
+        if rate in (1, 2):
+            rate += 7                              # the chip's own exception: 256 and 128 Hz
+        return (_SECOND_NS << (rate - 1)) // _CRYSTAL_HZ if rate else 0
+
+    def poll(self, now_ns: int) -> None:
+        flags = 0
+        period = self._period_ns()
+        if period:
+            periods = (now_ns - self._since_ns) // period
+            if periods > self._periods:
+                flags |= _PERIODIC
+            self._periods = periods
+        second = self._clock.wall_ns() // _SECOND_NS
+        if second > self._second and not self._ram[_B] & _SET:
+            flags |= _UPDATE
+            first = max(self._second + 1, second - _ALARM_WINDOW_S + 1)
+            if self._ram[_B] & _ALARM and any(self._alarm_at(at) for at in range(first, second + 1)):
+                flags |= _ALARM
+        self._second = second
+        if flags:
+            self._ram[_C] |= flags
+        if self._ram[_C] & self._ram[_B] & (_PERIODIC | _ALARM | _UPDATE):
+            self._ram[_C] |= _ANY
+            self._interrupts.set(LINE, True)
+
+    def next_ns(self) -> int | None:
+        """When `poll` has something to do again: None when nothing is enabled, or nothing fetched yet."""
+        enabled = self._ram[_B]
+        if not enabled & (_PERIODIC | _ALARM | _UPDATE) or self._ram[_C] & _ANY:
+            return None
+        moments: list[int] = []
+        period = self._period_ns()
+        if enabled & _PERIODIC and period:
+            moments.append(self._since_ns + (self._periods + 1) * period)
+        if enabled & (_ALARM | _UPDATE) and not enabled & _SET:
+            moments.append(self._clock.monotonic_ns() + (self._second + 1) * _SECOND_NS - self._clock.wall_ns())
+        return min(moments, default=None)
+
+    def _alarm_at(self, second: int) -> bool:
+        now = datetime.datetime.fromtimestamp(second, tz=datetime.UTC)
+        wanted = self._ram[1], self._ram[3], self._ram[5]
+        present = self._shown(now.second), self._shown(now.minute), self._hour(now.hour)
+        return all(want >= 0xC0 or want == have for want, have in zip(wanted, present, strict=True))
+
+    # Ports.
+
+    def _shown(self, value: int) -> int:
+        return value if self._ram[_B] & _BINARY else bcd(value)
+
+    def _hour(self, hour: int) -> int:
+        if self._ram[_B] & _HOURS_24:
+            return self._shown(hour)
+        return self._shown((hour + 11) % 12 + 1) | (0x80 if hour >= 12 else 0)
+
+    def _select(self, value: int) -> None:
+        self._index = value & 0x7F                 # bit 7 masks NMI on a PC
+
+    def _read(self) -> int:
+        index = self._index
+        if index == _C:
+            self.poll(self._clock.monotonic_ns())
+            flags, self._ram[_C] = self._ram[_C], 0
+            self._interrupts.set(LINE, False)
+            self._changed()
+            return flags
+        if index not in _TIME:
+            return self._ram[index]
+        now = self.now()
+        if index == 4:
+            return self._hour(now.hour)
+        return self._shown({
+            0: now.second, 2: now.minute, 6: now.isoweekday() % 7 + 1,
+            7: now.day, 8: now.month, 9: now.year % 100, _CENTURY: now.year // 100,
+        }[index])
+
+    def _write(self, value: int) -> None:
+        # The clock registers cannot be set: guest time is host time.
+        if self._index in (_C, _D):
+            return
+        if self._index not in (_A, _B):
+            self._ram[self._index] = value
+            return
+        now_ns = self._clock.monotonic_ns()
+        self.poll(now_ns)
+        self._ram[self._index] = value
+        if self._index == _A:
+            self._since_ns, self._periods = now_ns, 0
+        if not self._ram[_C] & self._ram[_B] & (_PERIODIC | _ALARM | _UPDATE):
+            self._ram[_C] &= ~_ANY
+            self._interrupts.set(LINE, False)
+        self._changed()
+
+
+def bcd(value: int) -> int:
+    """Binary coded decimal of 0 to 99."""
+    return value // 10 << 4 | value % 10
