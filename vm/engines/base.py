@@ -25,12 +25,14 @@ Addresses are guest-physical unless named linear. Sizes are bytes.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 __all__ = [
     "EXIT_KINDS", "GPR", "Bus", "Cpu", "CpuState", "DescriptorTable", "EngineError",
     "Exit", "ExitKind", "ExitReason", "HostLimit", "Segment",
+    "Watch", "nobody",
 ]
 
 
@@ -142,6 +144,14 @@ class CpuState:
     efer: int = 0
 
 
+# (kind: ExitKind, *, behind: bool = False, port: int | None = None): see vm/code/ledger.py
+Watch = Callable[..., None]
+
+
+def nobody(_kind: int, *, behind: bool = False, port: int | None = None) -> None:
+    """The watch of a vCPU that nobody watches."""
+
+
 class Bus(Protocol):
     """The machine around a vCPU. Values are unsigned, `size` is 1, 2, 4 or 8."""
 
@@ -160,7 +170,20 @@ class Cpu(Protocol):
 
     `memory`: a writable shared mmap, guest-physical 0 upwards. `exits`: a memoryview of 'Q'
     with len(ExitKind) counters, incremented by the engine at every exit.
+
+    `watch` is called at every exit that an instruction causes, with its kind, whether the instruction
+    pointer is known to be behind the instruction, and the port. `stops_at` says how fine `run` stops for a kick:
+    "instruction" or "block".
     """
+
+    watch: Watch
+
+    @property
+    def stops_at(self) -> str: ...
+
+    def where(self) -> int:
+        """Linear address of CS:RIP as of the present exit. Cheap: called at every exit that is watched."""
+        ...
 
     def run(self) -> Exit:
         """Execute until something ends it. Releases the GIL while the guest computes."""

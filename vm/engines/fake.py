@@ -9,7 +9,8 @@ Invariants.  Deterministic: the same memory, state and bus give the same run.  A
 known raises #UD through the guest's vector table, as on a processor.  Kicks use the same native
 handler as the engines (`kick.py`).
 
-Poor: 16-bit only; of the flags only ZF and IF are kept; about 1 million instructions a second.
+Poor: 16-bit only; of the flags only ZF and IF are kept; memory-mapped access is not watched; about 1 million
+instructions a second.
 Known: mov r,imm; mov ax/al to and from [moffs]; mov sreg,r; mov r,r; inc, dec, push, pop r16; inc
 word [m]; jmp, jz, jnz, jmp far, loop; int, iret; in, out; cli, sti, hlt, nop.
 """
@@ -21,7 +22,7 @@ import mmap
 from typing import Final
 
 from . import kick
-from .base import RFLAGS, RIP, RSP, Bus, CpuState, EngineError, Exit, ExitKind, ExitReason, Segment
+from .base import RFLAGS, RIP, RSP, Bus, CpuState, EngineError, Exit, ExitKind, ExitReason, Segment, Watch, nobody
 
 __all__ = ["FakeCpu", "create"]
 
@@ -43,11 +44,14 @@ def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> FakeCpu:
 
 
 class FakeCpu:
+    stops_at = "instruction"
+
     def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
         self._memory = memory
         self._bus = bus
         self._exits = exits
         self._state = CpuState()
+        self.watch: Watch = nobody
         self._stopping = False
         self._inside = False
         self._closed = False
@@ -74,9 +78,11 @@ class FakeCpu:
                     if self._wanted and self._flags & _IF:
                         continue
                     self._exits[ExitKind.HALT] += 1
+                    self.watch(ExitKind.HALT, behind=True)
                     return Exit(ExitReason.HALTED, interrupts_on=bool(self._flags & _IF))
             except _InvalidOpcode:
                 self._state.gpr[RIP] = start
+                self.watch(ExitKind.INTERRUPT)
                 if not self._interrupt(6):
                     self._exits[ExitKind.SHUTDOWN] += 1
                     return Exit(ExitReason.TRIPLE_FAULT,
@@ -215,7 +221,9 @@ class FakeCpu:
             gpr[RIP] = offset
             self._load_segment("cs", selector)
         elif code == 0xCD:
-            if not self._interrupt(self._fetch(1)):
+            vector = self._fetch(1)
+            self.watch(ExitKind.INTERRUPT, behind=True)
+            if not self._interrupt(vector):
                 raise _InvalidOpcode
         elif code == 0xCF:
             gpr[RIP] = self._pop()
@@ -237,14 +245,19 @@ class FakeCpu:
         try:
             if code & 2:
                 self._exits[ExitKind.IO_OUT] += 1
+                self.watch(ExitKind.IO_OUT, port=port)
                 self._bus.port_out(port, size, self._get(0, size))
             else:
                 self._exits[ExitKind.IO_IN] += 1
+                self.watch(ExitKind.IO_IN, port=port)
                 self._set(0, size, self._bus.port_in(port, size))
         finally:
             self._inside = False
 
     # -- the rest of the contract ------------------------------------------------------------
+
+    def where(self) -> int:
+        return self._state.cs.base + self._state.gpr[RIP]
 
     def stop(self) -> None:
         self._stopping = True

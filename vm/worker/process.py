@@ -56,6 +56,7 @@ from . import sandbox
 from .clock import Clock, HostClock
 from .control import Control
 from .devices.disk import DiskImage
+from .eyes import Eyes
 from .machine import Machine
 from .memory import GuestMemory
 from .protocol import Ending, WorkerSpec
@@ -124,6 +125,8 @@ class Worker:
         except EngineError as error:
             raise StartFailed("engine", str(error)) from error
         self.machine.attach(self.cpu)
+        self.eyes = Eyes(memory, self.cpu, status)
+        self._requests |= self.eyes.requests
         self.cpu.set_state(self._first_state(disk))
 
     # Building.
@@ -219,7 +222,9 @@ class Worker:
             self._arm(on=True)
             if status.get("started_ns") == 0:
                 status.set("started_ns", self._clock.monotonic_ns())
-            ending = self._after(self.cpu.run())
+            left = self.cpu.run()
+            self.eyes.stopped()
+            ending = self._after(left)
             if ending is not None:
                 return ending
 
@@ -233,7 +238,7 @@ class Worker:
         if left.reason is ExitReason.HALTED:
             if not left.interrupts_on:
                 return Ending("stopped", "the guest halted with interrupts off", "halted",
-                              registers=self._registers())
+                              registers=self._registers(), report=self.eyes.where())
             self._halted = True
             return None
         return self._crash(_CRASHES[left.reason], _sentence(left))
@@ -243,10 +248,11 @@ class Worker:
         try:
             state = self.cpu.get_state()
             instruction = decode.describe(self._raw, state)
+            report = self.eyes.where()
         except Exception as error:
             # A dead engine may not answer any more; the ending must be told all the same.
             return replace(ending, reason=f"{reason} (its registers cannot be read: {error})")
-        return replace(ending, instruction=instruction, registers=flatten(state))
+        return replace(ending, instruction=instruction, registers=flatten(state), report=report)
 
     def _sleep(self, until_ns: int | None, phase: Phase) -> None:
         """Wait for a packet, a time or (not while paused) the machine's next event.
@@ -290,6 +296,7 @@ class Worker:
 
     def close(self) -> None:
         self._arm(on=False)
+        self.eyes.close()
         self.cpu.close()
 
     # Requests.

@@ -42,6 +42,8 @@ IOCTLS: Final = {
     "KVM_INTERRUPT": 0x4004AE86,
 }
 
+CAP_SYNC_REGS: Final = 74
+SYNC_REGISTERS: Final = 1 | 2        # KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 CAP_IMMEDIATE_EXIT: Final = 136
 
 
@@ -89,6 +91,8 @@ class IoDirection(enum.IntEnum):
 RUN_OFFSETS: Final = {
     "request_interrupt_window": 0,
     "immediate_exit": 1,
+    "kvm_valid_regs": 288,
+    "s.regs": 304,                     # struct kvm_sync_regs: general registers, then special ones
     "exit_reason": 8,
     "ready_for_interrupt_injection": 12,
     "hw.hardware_exit_reason": 32,

@@ -44,6 +44,8 @@ from ..base import (
     ExitReason,
     HostLimit,
     Segment,
+    Watch,
+    nobody,
 )
 from . import abi
 from .api import Kvm, Vcpu, Vm, address_of
@@ -60,7 +62,11 @@ _IMMEDIATE_EXIT: Final = abi.RUN_OFFSETS["immediate_exit"]
 _EXIT_REASON: Final = abi.RUN_OFFSETS["exit_reason"]
 _WINDOW: Final = abi.RUN_OFFSETS["request_interrupt_window"]
 _READY: Final = abi.RUN_OFFSETS["ready_for_interrupt_injection"]
+_VALID_REGISTERS: Final = abi.RUN_OFFSETS["kvm_valid_regs"]
+_SYNCED_RIP: Final = abi.RUN_OFFSETS["s.regs"] + 16 * 8
+_SYNCED_CS_BASE: Final = abi.RUN_OFFSETS["s.regs"] + ctypes.sizeof(abi.Registers)   # first of the special ones
 _UNION: Final = 32                       # the union of exit details in kvm_run
+_QUAD: Final = struct.Struct("<Q").unpack_from
 _FORMATS: Final = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _INTERRUPT_FLAG: Final = 0x200
@@ -72,6 +78,8 @@ def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> KvmCpu:
 
 
 class KvmCpu:
+    stops_at = "instruction"
+
     def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
         if len(memory) > MEMORY_MAX or len(memory) % mmap.PAGESIZE:
             raise EngineError(
@@ -80,6 +88,7 @@ class KvmCpu:
         self._memory = memory
         self._bus = bus
         self._exits = exits
+        self.watch: Watch = nobody
         self._closed = False
         self._kvm = Kvm()
         try:
@@ -91,9 +100,13 @@ class KvmCpu:
             self._vm.set_memory(0, 0, memory)
             self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
             self._vcpu.set_cpuid(self._kvm.supported_cpuid())
+            self._synced = self._kvm.has(abi.CAP_SYNC_REGS) & abi.SYNC_REGISTERS == abi.SYNC_REGISTERS
         except OSError as error:
             raise HostLimit(refusal(error), busy=is_busy(error)) from error
         self._page = self._vcpu.page
+        if self._synced:
+            # KVM then leaves the registers in the page at each exit, for `where`.
+            struct.pack_into("<Q", self._page, _VALID_REGISTERS, abi.SYNC_REGISTERS)
         self._registers = abi.Registers()
         self._register_words = (ctypes.c_uint64 * 18).from_buffer(self._registers)
         self._stopping = False
@@ -129,6 +142,7 @@ class KvmCpu:
                 if self._wanted and page[_READY]:
                     continue
                 exits[ExitKind.HALT] += 1
+                self.watch(ExitKind.HALT, behind=True)
                 return Exit(ExitReason.HALTED,
                             interrupts_on=bool(self.get_gpr()[17] & _INTERRUPT_FLAG))
             else:
@@ -152,11 +166,13 @@ class KvmCpu:
         form = _FORMATS[size]
         if direction == abi.IoDirection.OUT:
             self._exits[ExitKind.IO_OUT] += 1
+            self.watch(ExitKind.IO_OUT, port=port)
             out = self._bus.port_out
             for index in range(count):
                 out(port, size, struct.unpack_from(form, page, offset + index * size)[0])
         else:
             self._exits[ExitKind.IO_IN] += 1
+            self.watch(ExitKind.IO_IN, port=port)
             mask = (1 << size * 8) - 1
             read = self._bus.port_in
             for index in range(count):
@@ -167,7 +183,9 @@ class KvmCpu:
         address, data, length, is_write = struct.unpack_from("<Q8sIB", page, _UNION)
         # KVM hands over odd lengths where an access crosses a page: cut them into bus sizes.
         done = 0
-        self._exits[ExitKind.MMIO_WRITE if is_write else ExitKind.MMIO_READ] += 1
+        kind = ExitKind.MMIO_WRITE if is_write else ExitKind.MMIO_READ
+        self._exits[kind] += 1
+        self.watch(kind)
         while done < length:
             size = next(size for size in (8, 4, 2, 1) if size <= length - done)
             if is_write:
@@ -183,9 +201,11 @@ class KvmCpu:
         union = struct.unpack_from("<II3Q", self._page, _UNION)
         if code == abi.ExitCode.SHUTDOWN:
             self._exits[ExitKind.SHUTDOWN] += 1
+            self.watch(ExitKind.SHUTDOWN)
             return Exit(ExitReason.TRIPLE_FAULT,
                         "the guest faulted while its fault handlers failed")
         self._exits[ExitKind.OTHER] += 1
+        self.watch(ExitKind.OTHER)
         if code == abi.ExitCode.INTERNAL_ERROR:
             return self._internal_error(union[0])
         if code == abi.ExitCode.FAIL_ENTRY:
@@ -233,6 +253,12 @@ class KvmCpu:
         self._page[_IMMEDIATE_EXIT] = 1
 
     # -- state -------------------------------------------------------------------------------
+
+    def where(self) -> int:
+        if not self._synced:
+            return self.segment_base("cs") + self.get_gpr()[16]
+        page = self._page
+        return (_QUAD(page, _SYNCED_CS_BASE)[0] + _QUAD(page, _SYNCED_RIP)[0])
 
     def get_gpr(self) -> list[int]:
         self._vcpu.get_registers(self._registers)

@@ -29,10 +29,10 @@ from unicorn import unicorn_const, x86_const
 
 from ...code import decode
 from .. import kick
-from ..base import Bus, CpuState, EngineError, Exit, ExitKind, ExitReason
+from ..base import Bus, CpuState, EngineError, Exit, ExitKind, ExitReason, Watch, nobody
 from ..paging import PagingMode, paging_mode, read_linear
 from .delivery import Delivery, TripleFault, Unsupported
-from .quirks import Native, Unicorn
+from .quirks import SEGMENT_SIZE, Native, Unicorn
 from .state import Registers
 
 __all__ = ["SoftwareCpu", "create"]
@@ -62,6 +62,8 @@ def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> SoftwareCpu:
 
 
 class SoftwareCpu:
+    stops_at = "block"
+
     def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
         if len(memory) % mmap.PAGESIZE:
             raise EngineError(
@@ -69,6 +71,7 @@ class SoftwareCpu:
         self._memory = memory
         self._bus = bus
         self._exits = exits
+        self.watch: Watch = nobody
         self._closed = False
         self._stopping = False
         self._halted = False                   # HLT ran in the block in which a stop was asked for
@@ -78,6 +81,8 @@ class SoftwareCpu:
         self._native = native = Native()
         self._unicorn = unicorn = Unicorn(memory)
         self._registers = Registers(unicorn)
+        # The base in the second segment cache, CS: read at every exit that is watched.
+        self._cs_base = ctypes.c_uint64.from_address(unicorn.env + unicorn.layout.segments + SEGMENT_SIZE + 8)
         self._delivery = Delivery(
             memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
         out, read_in = _OUT(self._port_out), _IN(self._port_in)
@@ -155,6 +160,7 @@ class SoftwareCpu:
         if self._native.page[Native.WANTED] and self._registers.interruptible():
             return None
         self._exits[ExitKind.HALT] += 1
+        self.watch(ExitKind.HALT, behind=True)
         return Exit(ExitReason.HALTED,
                     interrupts_on=bool(self._unicorn.flags() & _INTERRUPT_FLAG))
 
@@ -179,6 +185,7 @@ class SoftwareCpu:
     def _deliver(self, vector: int) -> Exit | None:
         self._exits[ExitKind.INTERRUPT] += 1
         instruction = vector != _INVALID_OPCODE and self._unicorn.was_instruction()
+        self.watch(ExitKind.INTERRUPT, behind=instruction or vector >= Native.SYSCALL)
         error = None
         if vector in _WITH_ERROR_CODE and not instruction:
             error = self._unicorn.error_code()
@@ -198,6 +205,7 @@ class SoftwareCpu:
 
     def _failed(self, status: int) -> Exit:
         self._exits[ExitKind.OTHER] += 1
+        self.watch(ExitKind.OTHER)
         state = self.get_state()
         where = decode.describe(self._memory, state)
         if status in _FETCH_ERRORS:
@@ -222,6 +230,7 @@ class SoftwareCpu:
 
     def _port_out(self, _uc: int, port: int, size: int, value: int, _user: int) -> None:
         self._exits[ExitKind.IO_OUT] += 1
+        self.watch(ExitKind.IO_OUT)
         self._inside = True
         try:
             self._bus.port_out(port, size, value & ((1 << size * 8) - 1))
@@ -233,6 +242,7 @@ class SoftwareCpu:
 
     def _port_in(self, _uc: int, port: int, size: int, _user: int) -> int:
         self._exits[ExitKind.IO_IN] += 1
+        self.watch(ExitKind.IO_IN)
         self._inside = True
         value = 0
         try:
@@ -246,6 +256,7 @@ class SoftwareCpu:
 
     def _mmio_read(self, _uc: int, offset: int, size: int, _user: int) -> int:
         self._exits[ExitKind.MMIO_READ] += 1
+        self.watch(ExitKind.MMIO_READ)
         try:
             value = self._bus.mmio_read(len(self._memory) + offset, size)
             return value & ((1 << size * 8) - 1)
@@ -255,6 +266,7 @@ class SoftwareCpu:
 
     def _mmio_write(self, _uc: int, offset: int, size: int, value: int, _user: int) -> None:
         self._exits[ExitKind.MMIO_WRITE] += 1
+        self.watch(ExitKind.MMIO_WRITE)
         try:
             self._bus.mmio_write(len(self._memory) + offset, size, value & ((1 << size * 8) - 1))
         except BaseException as error:  # as above
@@ -309,6 +321,9 @@ class SoftwareCpu:
             words[0] = (words[0] & ~mask) | value
 
     # -- state -------------------------------------------------------------------------------
+
+    def where(self) -> int:
+        return self._cs_base.value + self._unicorn.words[16]
 
     def get_gpr(self) -> list[int]:
         return self._registers.general()
