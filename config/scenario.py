@@ -43,10 +43,6 @@ class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
-def _refuse(allowed: str) -> PydanticCustomError:
-    return PydanticCustomError("not_allowed", "allowed: {allowed}", {"allowed": allowed})
-
-
 class SimulationConfig(_Table):
     """How long, and what is compared."""
 

@@ -77,7 +77,7 @@ def _head(line: str) -> tuple[Policy, tuple[int, int, Batching]]:
     if not isinstance(head, dict) or head.get("mixvisor_inputs") != FORMAT:
         raise ReplayError(f"line 1 is not the head of recorded inputs of format {FORMAT}")
     policy, batching = head.get("policy"), head.get("batching")
-    if policy not in POLICIES or not isinstance(batching, dict):
+    if not isinstance(policy, str) or policy not in POLICIES or not isinstance(batching, dict):
         raise ReplayError(f"line 1: unknown policy {policy!r}; there are: {', '.join(POLICIES)}")
     try:
         settings = (head["slice_ns"], head["ratelimit_ns"], Batching(**batching))
