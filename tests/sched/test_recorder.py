@@ -55,5 +55,5 @@ def test_a_recording_survives_its_file(rows: list[tuple[int, int, int, int, list
 
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_reader(text: str) -> None:
-    with pytest.raises(RecordingError, match="^line 1"):
+    with pytest.raises(RecordingError, match=r"^line 1"):
         read_recording(text.splitlines())
