@@ -411,7 +411,7 @@ def test_check_tells_the_mode_that_each_vm_would_run_in_and_why(run, config, mon
     data = json.loads(run("check", str(config), "-o", "json").stdout)
     assert [(vm["vm"], vm["mode"], vm["engine"], vm["rule"], bool(vm["reason"])) for vm in data["plan"]] == [
         ("soft", "software", "software", "explicit", True), ("hard", "hardware", "kvm", "explicit", True)]
-    assert [warning["code"] for warning in data["warnings"]][0] == "mixed-modes"
+    assert next(warning["code"] for warning in data["warnings"]) == "mixed-modes"
 
 
 def test_check_says_which_vm_this_host_has_no_mode_for_and_what_to_do(run, config, monkeypatch):
