@@ -8,7 +8,7 @@ from typing import Any, Final
 
 __all__ = ["code_lines", "exit_lines", "register_lines"]
 
-_CODE_BYTES: Final = 24                # hex digits shown of an instruction; most have fewer
+_CODE_BYTES: Final = 20                # hex digits shown of an instruction; most have fewer
 _GENERAL: Final = (("rax", "rbx", "rcx", "rdx"), ("rsi", "rdi", "rbp", "rsp"), ("r8", "r9", "r10", "r11"),
                    ("r12", "r13", "r14", "r15"), ("rip", "rflags"), ("cs", "ds", "es", "fs", "gs", "ss"),
                    ("cr0", "cr2", "cr3", "cr4", "efer"))

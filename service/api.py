@@ -257,7 +257,7 @@ class _Control:
             raise Unusable(f"hz is a whole number of samples a second, 1 to {HZ_MAX}")
         if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= SECONDS_MAX:
             raise Unusable(f"seconds is a number above 0 and at most {SECONDS_MAX}")
-        return await self._ask(request, "profile", hz=hz, seconds=seconds)
+        return await self._ask(request, "profile", hz=hz, duration_s=seconds)
 
     async def profile_end(self, request: Request) -> Response:
         return await self._ask(request, "profile-end")

@@ -18,7 +18,7 @@ import trio
 from ..vm.worker.protocol import MAX_PACKET, Ending
 from .backend import Conflict, ServiceError, TimedOut
 
-__all__ = ["Nonsense", "WorkerLink", "harmless", "harmless_registers", "harmless_screen", "parse_ending"]
+__all__ = ["Nonsense", "WorkerLink", "harmless", "harmless_screen", "parse_ending"]
 
 ANSWER_SECONDS: Final = 5.0      # a VM with a small share answers when its vCPU has a slice
 TELL_SECONDS: Final = 0.1        # for a socket that a silent worker has let fill up
@@ -160,13 +160,6 @@ def _are_registers(registers: object) -> bool:
     return (isinstance(registers, dict) and len(registers) <= 128
             and all(name.isidentifier() and isinstance(value, int) and 0 <= value < 2**64
                     for name, value in registers.items()))
-
-
-def harmless_registers(answer: dict[str, Any]) -> dict[str, int]:
-    """An answer of the operation `registers`, fit to be shown. Raises ServiceError for what is none."""
-    if not _are_registers(answer):
-        raise ServiceError("the worker's answer holds no registers")
-    return answer
 
 
 def harmless(text: object) -> str:

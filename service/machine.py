@@ -34,7 +34,7 @@ from ..vm.worker.protocol import Ending, WorkerSpec
 from .backend import Conflict, ServiceError, Unusable
 from .children import Zygote
 from .incarnation import Incarnation
-from .link import WorkerLink, harmless_registers, harmless_screen
+from .link import WorkerLink, harmless_screen
 from .reports import SHAPES, checked
 from .rivals import Rivals
 from .statedir import SerialLog
@@ -270,7 +270,7 @@ class Machine:
         if self.phase in (Phase.RUNNING, Phase.PAUSED):
             report = await self.ask("where")
             return {**answer, "report": report, "instruction": report["instruction"],
-                    "registers": harmless_registers(await self.ask("registers"))}
+                    "registers": report["registers"]}
         if self._ending is not None and self.phase in ENDED:
             ending, when_unix_s = self._ending
             answer |= {"code": ending.code, "exit_code": ending.exit_code, "since_unix_s": when_unix_s,

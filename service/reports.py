@@ -28,8 +28,8 @@ class Counts:
 
 _LINE: Final = (int, str, str)                   # address, bytes in hex, text
 SHAPES: Final[dict[str, Any]] = {
-    "where": {"mode": str, "place": str, "address": int, "instruction": str, "code": [_LINE],
-              "exits": [(str, int, str)]},
+    "where": {"mode": str, "place": str, "address": int, "instruction": str, "registers": Counts,
+              "code": [_LINE], "exits": [(str, int, str)]},
     "exits": {"total": int, "places": int, "sites": [
         {"reason": str, "address": int, "mnemonic": str, "instruction": str, "mode": str, "count": int}]},
     "profile": {},

@@ -71,7 +71,9 @@ class Ledger:
         self._blocks = blocks
         self._where = where
         self._state = state
-        self._sites: dict[int, Site] = {}           # by address and reason as the engine gives them
+        # For each reason, at and behind: by address as the engine gives it.
+        self._sites: tuple[dict[int, Site], ...] = tuple({} for _ in range(2 * len(EXIT_KINDS)))
+        self._known = 0
         self._places: dict[tuple[int, int], Site] = {}                  # by those of the instruction
         self._side: dict[int, bool] = {}            # by reason: whether the engine stands behind the instruction
         self._rest: dict[int, Site] = {}
@@ -82,16 +84,17 @@ class Ledger:
 
         behind: the instruction pointer is known to be behind the instruction.
         """
-        # One integer as key: quicker than a tuple. Kinds are fewer than 16.
-        key = self._where() << 5 | kind << 1 | behind
-        site = self._sites.get(key)
+        sites = self._sites[2 * kind + behind]
+        where = self._where()
+        site = sites.get(where)
         if site is None:
-            site = self._new(key, kind, behind, port)
+            site = self._new(sites, where, kind, behind, port)
         site.count += 1
         self._last.append(site)
 
-    def _new(self, key: int, kind: int, behind: bool, port: int | None) -> Site:
-        if len(self._sites) < SITES_MAX:
+    def _new(self, sites: dict[int, Site], where: int, kind: int, behind: bool, port: int | None) -> Site:
+        if self._known < SITES_MAX:
+            self._known += 1
             state = self._state()
             linear = decode.linear_of(state)
             if self._blocks and kind in _MEMORY:
@@ -104,7 +107,7 @@ class Ledger:
             site = self._places.get((kind, address))
             if site is None:
                 site = self._places[kind, address] = Site(kind, address, mnemonic, text, decode.mode_name(state))
-            self._sites[key] = site
+            sites[where] = site
             return site
         site = self._rest.get(kind)
         if site is None:

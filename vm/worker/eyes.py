@@ -5,7 +5,7 @@ engine at every exit; a sampler (vm/code/sampler.py), filled at every stop while
 the listing of the code around CS:RIP, made when somebody asks or when the guest dies.
 
 The profile's timer counts the process' CPU time (ITIMER_PROF) and raises SIGPROF, one of the kicks: so the
-vCPU stops, `stopped` takes a sample, and the guest goes on. The timer ends by itself when the time
+vCPU stops, `stopped` takes a sample when one is due, and the guest goes on. The timer ends by itself when the time
 that was asked for is over, whether or not the one who asked is still there.
 
 Invariants.  Nothing here changes the guest. Every answer fits a packet (protocol.MAX_PACKET).
@@ -22,10 +22,10 @@ from typing import Any, Final
 from ..code import decode
 from ..code.ledger import Ledger
 from ..code.sampler import HZ_MAX, SECONDS_MAX, Sampler
-from ..engines.base import Cpu
+from ..engines.base import GPR, Cpu, CpuState
 from .status import StatusPage
 
-__all__ = ["SITES_TOLD", "Eyes"]
+__all__ = ["SITES_TOLD", "Eyes", "flatten"]
 
 SITES_TOLD: Final = 256                # of the ledger's places in one answer
 
@@ -42,6 +42,7 @@ class Eyes:
         self._sampler: Sampler | None = None
         self._sampling = False
         self._until_ns = 0
+        self._due_ns = self._period_ns = 0     # of CPU time
         self._begun: dict[str, int] = {}
         self.requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "where": lambda _request: self.where(), "exits": self._exits, "profile": self._profile,
@@ -51,12 +52,12 @@ class Eyes:
     # -- where it stands ---------------------------------------------------------------------
 
     def where(self) -> dict[str, Any]:
-        """Mode, place, the code around it and the last exits."""
+        """Mode, place, registers, the code around and the last exits: of one moment."""
         state = self._cpu.get_state()
         lines = decode.listing(self._memory, state)
         return {
             "mode": decode.mode_name(state), "place": decode.place(state), "address": decode.linear_of(state),
-            "instruction": decode.describe(self._memory, state),
+            "instruction": decode.describe(self._memory, state), "registers": flatten(state),
             "code": [[line.address, line.code.hex(), line.text] for line in lines],
             "exits": [[*list(site.to_json().values())[:2], site.text] for site in self.ledger.last()],
         }
@@ -72,7 +73,7 @@ class Eyes:
     # -- profile -----------------------------------------------------------------------------
 
     def _profile(self, request: dict[str, Any]) -> dict[str, Any]:
-        hz, seconds = int(request["hz"]), float(request["seconds"])
+        hz, seconds = int(request["hz"]), float(request["duration_s"])
         if not 1 <= hz <= HZ_MAX or not 0 < seconds <= SECONDS_MAX:
             raise ValueError(f"a profile takes 1 to {HZ_MAX} samples a second for at most {SECONDS_MAX} s")
         if self._sampling:
@@ -81,6 +82,8 @@ class Eyes:
         self._sampling = True
         self._begun = self._accounts()
         self._until_ns = self._begun["wall_ns"] + int(seconds * 1e9)
+        self._period_ns = 1_000_000_000 // hz
+        self._due_ns = self._begun["cpu_ns"] + self._period_ns // 2
         signal.setitimer(signal.ITIMER_PROF, 1 / hz, 1 / hz)
         return {}
 
@@ -91,6 +94,11 @@ class Eyes:
         if time.monotonic_ns() >= self._until_ns:
             self._stop()
             return
+        # There are other stops (requests, BIOS calls that wait): a sample is due by CPU time alone.
+        now_ns = time.process_time_ns()
+        if now_ns < self._due_ns:
+            return
+        self._due_ns = now_ns + self._period_ns // 2
         self._sampler.sample(self._cpu.get_state())
 
     def _stop(self) -> None:
@@ -116,3 +124,13 @@ class Eyes:
     def close(self) -> None:
         if self._sampling:
             self._stop()
+
+
+def flatten(state: CpuState) -> dict[str, int]:
+    """A CPU state as name -> number, for reports."""
+    registers: dict[str, int] = dict(zip(GPR, state.gpr, strict=True))
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        registers[name] = getattr(state, name).selector
+    for name in ("cr0", "cr2", "cr3", "cr4", "efer"):
+        registers[name] = getattr(state, name)
+    return registers

@@ -38,7 +38,6 @@ from .. import engines, guests
 from ..code import decode
 from ..engines import entry, kick
 from ..engines.base import (
-    GPR,
     RAX,
     RDX,
     RFLAGS,
@@ -56,7 +55,7 @@ from . import sandbox
 from .clock import Clock, HostClock
 from .control import Control
 from .devices.disk import DiskImage
-from .eyes import Eyes
+from .eyes import Eyes, flatten
 from .machine import Machine
 from .memory import GuestMemory
 from .protocol import Ending, WorkerSpec
@@ -367,16 +366,6 @@ class Worker:
         most = sorted(bios.calls.most_common(CALLS_LIMIT))
         return {"calls": [[number, ah, count] for (number, ah), count in most],
                 "trace": [list(key) for key in bios.trace[first:first + TRACE_CHUNK]]}
-
-
-def flatten(state: CpuState) -> dict[str, int]:
-    """A CPU state as name -> number, for reports."""
-    registers: dict[str, int] = dict(zip(GPR, state.gpr, strict=True))
-    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
-        registers[name] = getattr(state, name).selector
-    for name in ("cr0", "cr2", "cr3", "cr4", "efer"):
-        registers[name] = getattr(state, name)
-    return registers
 
 
 def _builtin(name: str) -> bytes:

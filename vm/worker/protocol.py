@@ -18,10 +18,10 @@ an offset that has left the ring is moved up to the oldest byte kept),
 `registers` -> {...}, `calls` {trace_from: int, optional} -> {calls: [[int, ah, count], ...], trace: [[int, ah], ...]}
 (BIOS calls so far, the 2048 most frequent kinds; of the first 16384 in order, repeats collapsed, at most 4096
 from `trace_from`);
-`where` -> {mode, place, address, instruction, code: [[address, hex, text], ...], exits: [[reason, address, text],
-...]} (the code around CS:RIP; the newest exits, the newest last),
+`where` -> {mode, place, address, instruction, registers, code: [[address, hex, text], ...], exits: [[reason,
+address, text], ...]} (the code around CS:RIP; the newest exits, the newest last),
 `exits` {limit: int} -> {total, places, sites: [{reason, address, mnemonic, instruction, mode, count}, ...]},
-`profile` {hz: int, seconds: number} -> {} (starts), `profile-end` -> {samples, rings, modes, hot, code, ...}
+`profile` {hz: int, duration_s: number} -> {} (starts), `profile-end` -> {samples, rings, modes, hot, code, ...}
 (vm/worker/eyes.py).
 
 The worker's packets are the words of a process that runs hostile code: the supervisor checks
