@@ -26,7 +26,9 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
+from operator import attrgetter
 from typing import Final, NamedTuple, Protocol
 
 from ...vm.worker.status import FIELDS, Phase
@@ -372,14 +374,14 @@ class Machine:
         new.dirty = True
 
 
+_ran = attrgetter("ran")
+
+
 class _Clock:
-    __slots__ = ("_thread",)
+    __slots__ = ("read",)
 
     def __init__(self, thread: Thread) -> None:
-        self._thread = thread
-
-    def read(self) -> int:
-        return self._thread.ran
+        self.read: Callable[[], int] = partial(_ran, thread)
 
     def close(self) -> None:
         """Nothing is held."""
