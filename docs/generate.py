@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mixvisor.config.model import format_size
+from mixvisor.config.scenario import Scenario
 from mixvisor.config.schema import json_schema
 from mixvisor.service.warnings import sections
 from mixvisor.vm.lifecycle import diagram
 from mixvisor.vm.modes import rules_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("ARCHITECTURE.md", "docs/modes.md", "docs/configuration.md", "docs/warnings.md")
+PAGES = ("ARCHITECTURE.md", "docs/modes.md", "docs/configuration.md", "docs/simulator.md", "docs/warnings.md")
 PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -26,6 +27,8 @@ def _allowed(key: dict[str, Any]) -> str:
     types = {choice.get("type") for choice in key.get("anyOf", ())}
     if "array" in types:
         return "host CPUs"
+    if key.get("type") == "array":
+        return "a list"
     if {"string", "integer"} <= types:
         return "a size"
     if "const" in key:
@@ -74,10 +77,22 @@ def configuration() -> str:
     return "\n".join(lines)
 
 
+def scenario() -> str:
+    """The same for a scenario of the simulator."""
+    definitions = Scenario.model_json_schema(by_alias=True)["$defs"]
+    titles = {"SimulationConfig": "[simulation]", "ScenarioHost": "[host]", "CostConfig": "[costs]",
+              "ScenarioVm": "[[vm]]"}
+    lines: list[str] = []
+    for name, title in titles.items():
+        lines += [f"### `{title}`", "", *_rows(definitions[name]), ""]
+    return "\n".join(lines)
+
+
 PARTS = {
     "life-cycle": lambda: f"```mermaid\n{diagram()}```\n",
     "mode-rules": rules_table,
     "configuration": configuration,
+    "scenario": scenario,
     "warnings": sections,
 }
 
