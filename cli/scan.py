@@ -129,7 +129,7 @@ def report_view(name: str, technology: str, report: Report) -> RenderableType:
         columns = [("Class", "left"), ("Instruction", "left"), ("Mode", "left"), ("Count", "right"), ("At", "left")]
         lines += [plain_table(columns, [[f.kind.value, f.family, f.mode, str(f.count),
                                          _addresses((f.count, f.addresses))] for f in report.findings]), Text("")]
-    lines += [Text(f"Enters {step.mode} at {step.address:#x} ({step.how})") for step in report.entered]
+    lines += [Text(f"At {step.address:#x}: {step.mode} ({step.how})") for step in report.entered]
     lines.append(Text(
         f"Software virtualization (the guest's ring 0 in ring 1): {report.traps} trap by themselves, {report.patches} "
         f"do not and must be patched, {report.translated} in real mode must be translated"
