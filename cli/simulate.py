@@ -48,7 +48,7 @@ def simulate(
     """Compare scheduling policies on a scenario (TOML): the service's own scheduler on a simulated host.
 
     Share error, lag, waits, switches between modes and what they are predicted to cost, for each
-    policy; the same seed gives the same figures anywhere. docs/simulator.md has examples.
+    policy; the same seed gives the same figures again. docs/simulator.md has examples.
     """
     if (file is None) == (replay is None):
         raise click.UsageError("name either a scenario FILE or --replay FILE")
