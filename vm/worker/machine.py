@@ -97,12 +97,13 @@ class Machine:
         self.interrupts = interrupts = Interrupts(self._ask, firmware=disk is not None)
         self.timer = Timer(clock, interrupts, changed=self._schedule,
                            lost=lambda n: count("timer_ticks_lost", n))
-        self.keyboard = Keyboard(clock, lambda level: interrupts.set(keyboard_device.LINE, level),
-                                 self._schedule, self.end)
+        self.keyboard = Keyboard(
+            clock, lambda level: interrupts.set(keyboard_device.LINE, level),
+            lambda: interrupts.in_service(keyboard_device.LINE), self._schedule, self.end)
         self.vga = Vga(clock)
         floppy_type = disk.geometry.floppy_type if disk else 0
         self.cmos = cmos = Cmos(clock, memory.size, floppy_type, interrupts, self._schedule)
-        interrupts.masking, interrupts.masked_changed = self.poll, self._schedule
+        interrupts.masking, interrupts.programmed = self.poll, self._schedule
         self._reads: dict[int, Callable[[], int]] = {}
         self._writes: dict[int, Callable[[int], None]] = {}
         self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial,

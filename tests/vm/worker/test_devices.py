@@ -47,8 +47,14 @@ def line():
 
 
 @pytest.fixture
-def keyboard(clock, line, ended):
-    return Keyboard(clock, line.append, lambda: None, lambda *what: ended.append(what))
+def serving():
+    """Whether the keyboard's interrupt is in service; a test changes it."""
+    return [False]
+
+
+@pytest.fixture
+def keyboard(clock, line, serving, ended):
+    return Keyboard(clock, line.append, lambda: serving[0], lambda: None, lambda *what: ended.append(what))
 
 
 # Timer.
@@ -477,6 +483,22 @@ def test_a_second_read_gets_the_same_byte_until_the_next_has_come(keyboard, cloc
     keyboard.poll(clock.now_ns)
     assert ports.read(0x60) == 0x9E
     assert keyboard.key is None
+
+
+def test_a_guest_that_is_slow_in_its_handler_finds_the_byte_and_its_key(keyboard, clock, serving):
+    ports = Ports(keyboard)
+    keyboard.press(0x1E, ord("a"))
+    serving[0] = True
+    assert ports.read(0x60) == 0x1E
+    clock.advance(10)                        # the VM had no CPU
+    keyboard.poll(clock.now_ns)
+    assert keyboard.key == (0x1E, ord("a"))
+    assert ports.read(0x60) == 0x1E          # the BIOS reads it again
+    assert keyboard.next_ns() is None
+    serving[0] = False
+    keyboard.poll(clock.now_ns)
+    assert keyboard.key == (0x1E, ord("a"))  # of the byte that was read, not of the one that is shown
+    assert ports.read(0x60) == 0x9E
 
 
 def test_the_line_is_up_while_a_byte_waits_and_down_when_interrupts_are_off(keyboard, line):

@@ -24,6 +24,14 @@ SERIAL = bytes.fromhex("BAF803 B068 EE B069 EE B000 E6F4 EBFE")
 # again: hlt; inc word [cs:100h]; jmp again
 HALTING = bytes.fromhex("31c08ed8c70620002b008c0e2200b011e620b008e621b004e621b001"
                         "e621b0fee621fbf42eff060001ebf850b020e62058cf")
+# boot sector: INT 1Ch counts at 0:600h, INT 09h keeps port 60h at 0:602h, counts at 0:603h and goes on to the
+# BIOS; then INT 16h/00h, and the key's ASCII code to the exit port
+HOOKS = bytes.fromhex(
+    "fa31c08ed8c7067000297ca3720066a1240066a3417cc70624002f7cc70626000000fbb400cd16e6f42eff060006cf50e460"
+    "2ea202062efe060306582eff2e417c00000000")
+# boot sector: the timer at 1 kHz (count 1193), INT 08h counts at 0:600h (u32) and ends the interrupt; jmp $
+KILOHERTZ = bytes.fromhex(
+    "fa31c08ed8c70620001d7ca32200b034e643b0a9e640b004e640fbebfe502e66ff060006b020e62058cf")
 STI_HALT = b"\xFB\xF4\xEB\xFD"
 # echo: mov dx,3FDh; in al,dx; test al,1; jz; mov dx,3F8h; in al,dx; out dx,al; jmp
 ECHO = bytes.fromhex("BAFD03 EC A801 74FB BAF803 EC EE EBF1")
@@ -137,6 +145,26 @@ def test_a_guest_that_awaits_a_key_sleeps_and_can_be_paused_meanwhile(start, eng
     assert worker.status.get("phase") == Phase.PAUSED
     worker.ask("resume")
     assert worker.event("ended")["exit_code"] == ord("k")
+
+
+def test_a_program_that_hooks_the_tick_and_the_keyboard_is_served_while_it_awaits_a_key(start, engine):
+    worker = start(engine, HOOKS, boot="disk")
+    worker.until(lambda: worker.memory[0x600] >= 3)
+    assert worker.ask("calls")["calls"] == [[0x16, 0, 1]]        # one call, however often it was interrupted
+    worker.press("k")
+    assert worker.event("ended")["exit_code"] == ord("k")
+    assert worker.memory[0x602] == 0x25                          # its own handler saw the code first
+    assert worker.memory[0x603] >= 1
+
+
+def test_a_kilohertz_timer_ticks_for_a_guest_that_computes(start, engine):
+    worker = start(engine, KILOHERTZ, boot="disk")
+    status = worker.status
+    worker.until(lambda: int.from_bytes(worker.memory[0x600:0x604], "little") >= 500)
+    assert status.get("interrupts") >= 500
+    assert worker.ask("stop")["ok"]
+    assert worker.event("ended")["code"] == "asked"
+    assert int.from_bytes(worker.memory[0x600:0x604], "little") <= status.get("interrupts")
 
 
 def test_the_bios_clock_word_moves_for_a_guest_that_calls_nobody(start, engine):

@@ -4,14 +4,16 @@ Theory.  A key comes as the pair that INT 16h would give, (scan code, ASCII); `s
 a keyboard sends for it: make and break codes of set 1, between those of the modifier that is held for it.
 The bytes queue up; the controller shows one at a time in its output buffer, with the "full" bit of port
 64h and the interrupt line up.  The next one comes BYTE_NS after that was read, as over a keyboard's
-slow wire: until then a second read gets the same byte, on which programs rely that read port 60h in
-their own handler and go on to the BIOS'.  So a guest may wait for interrupts, poll, or leave it all
+slow wire, and not before the guest has told the end of the interrupt (a VM that has no CPU for a while is
+slower than any wire): until then a second read gets the same byte, on which programs rely that
+read port 60h in their own handler and go on to the BIOS'.  So a guest may wait for interrupts, poll, or leave it all
 to the BIOS (bios/rom.py has the handler of INT 09h).
 Answers of the controller to commands go first and do not interrupt: whoever gives a command polls for them.
 
 While `hold()` is true nothing more is shown: whoever types faster than a BIOS takes keys loses none.
 
-A byte carries the key that it completes, so that the BIOS need not guess the layout back (`key`).
+A byte carries the key that it completes, so that the BIOS need not guess the layout back (`key`, of the
+byte that was read last).
 
 Controller commands: self tests answer well, A20 is always open, FEh resets the machine.
 Where it is poor: no mouse; keys are pressed and released at once, nothing repeats.
@@ -67,11 +69,15 @@ def strokes(scan: int, ascii_code: int) -> tuple[int, int]:
 
 
 class Keyboard:
-    """`line(bool)` is the interrupt line, `changed()` says that `next_ns` moved, `end` ends the VM."""
+    """`line(bool)` is the interrupt line, `in_service()` whether a guest is handling its interrupt.
 
-    def __init__(self, clock: Clock, line: Callable[[bool], None], changed: Callable[[], None],
-                 end: Callable[[str, str, int | None], None]) -> None:
-        self._clock, self._line, self._changed, self._end = clock, line, changed, end
+    `changed()` says that `next_ns` moved, `end` ends the VM.
+    """
+
+    def __init__(self, clock: Clock, line: Callable[[bool], None], in_service: Callable[[], bool],
+                 changed: Callable[[], None], end: Callable[[str, str, int | None], None]) -> None:
+        self._clock, self._line, self._in_service = clock, line, in_service
+        self._changed, self._end = changed, end
         self.hold: Callable[[], bool] = lambda: False
         self._bytes: deque[tuple[int, tuple[int, int] | None]] = deque()
         self._keys = 0                             # whose last byte is still in the queue
@@ -83,7 +89,8 @@ class Keyboard:
         self._command = 0                          # waiting for its data byte
         self._was_command = False
         self._mode = 0x45                          # translated, system flag, interrupt on
-        self.key: tuple[int, int] | None = None    # the key that the byte last shown completes
+        self._shown: tuple[int, int] | None = None   # the key that the byte in the buffer completes
+        self.key: tuple[int, int] | None = None    # the key that the byte last read completes
 
     def ports(self) -> Iterable[PortClaim]:
         yield 0x60, self.read, self._write_data
@@ -113,14 +120,14 @@ class Keyboard:
         if self._full:
             return
         if self._answers:
-            self._last, self._full, self._from_answer, self.key = self._answers.popleft(), True, True, None
+            self._last, self._full, self._from_answer, self._shown = self._answers.popleft(), True, True, None
             return
         if self._clock.monotonic_ns() < self._not_before_ns or not self._may_load():
             return
         while self._bytes:
             code, key = self._bytes.popleft()
             if code:
-                self._last, self._full, self._from_answer, self.key = code, True, False, key
+                self._last, self._full, self._from_answer, self._shown = code, True, False, key
                 if self._mode & _INTERRUPT:
                     self._line(True)
                 return
@@ -138,7 +145,7 @@ class Keyboard:
         return self._not_before_ns if not self._full and self._may_load() else None
 
     def _may_load(self) -> bool:
-        return bool(self._bytes) and not self._mode & _DISABLED and not self.hold()
+        return bool(self._bytes) and not (self._mode & _DISABLED or self._in_service() or self.hold())
 
     def _read_status(self) -> int:
         self._load()
@@ -149,7 +156,7 @@ class Keyboard:
         """Port 60h: the byte in the buffer, or the last one again."""
         value = self._last
         if self._full:
-            self._full = False
+            self._full, self.key = False, self._shown
             self._line(False)
             if not self._from_answer:
                 self._not_before_ns = self._clock.monotonic_ns() + BYTE_NS

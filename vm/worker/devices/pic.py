@@ -9,7 +9,8 @@ polling are the chip's, since old systems use them all (Intel 8259A data sheet, 
 
 Invariants.  `ask(bool)` is called whenever the answer to "does the controller ask?" changes, and only
 then.  `acknowledge` always has a vector: without a request it is the spurious one (line 7), as on the chip.
-`masking` is called before a guest changes a mask, so that who sends edges can account for those sent so far.
+`masking` is called before a guest changes a mask, so that who sends edges can account for those sent so far;
+`programmed` after a guest has changed anything, an end of interrupt included.
 
 Start state: what a PC's BIOS leaves when `firmware` is true (timer, keyboard and disk lines open, vectors
 08h and 70h), else everything masked.
@@ -136,7 +137,7 @@ class Interrupts:
         self._ask = ask
         self.asking = False
         self.masking: Callable[[], None] = lambda: None
-        self.masked_changed: Callable[[], None] = lambda: None
+        self.programmed: Callable[[], None] = lambda: None
         start = _FIRMWARE if firmware else ((0, 0xFF), (0, 0xFF))
         self._master, self._slave = (_Chip(vector, mask) for vector, mask in start)
 
@@ -161,6 +162,11 @@ class Interrupts:
         """Whether an edge of this line still waits to be acknowledged."""
         chip = self._master if line < 8 else self._slave
         return bool(chip.request >> (line & 7) & 1)
+
+    def in_service(self, line: int) -> bool:
+        """Whether the guest has taken the line's interrupt and not told its end."""
+        chip = self._master if line < 8 else self._slave
+        return bool(chip.service >> (line & 7) & 1)
 
     def masked(self, line: int) -> bool:
         """Whether a guest has closed the line's way to the processor."""
@@ -215,11 +221,10 @@ class Interrupts:
             self.masking()                         # initialisation opens every line
         chip.command(value)
         self._update()
-        if value & 0x10:
-            self.masked_changed()
+        self.programmed()
 
     def _data(self, chip: _Chip, value: int) -> None:
         self.masking()
         chip.data(value)
         self._update()
-        self.masked_changed()
+        self.programmed()
