@@ -153,7 +153,8 @@ def test_a_program_that_hooks_the_tick_and_the_keyboard_is_served_while_it_await
     assert worker.ask("calls")["calls"] == [[0x16, 0, 1]]        # one call, however often it was interrupted
     worker.press("k")
     assert worker.event("ended")["exit_code"] == ord("k")
-    assert worker.memory[0x602] == 0x25                          # its own handler saw the code first
+    # Its own handler saw the code first; whether also that of letting go depends on who was faster.
+    assert worker.memory[0x602] in (0x25, 0xA5)
     assert worker.memory[0x603] >= 1
 
 
