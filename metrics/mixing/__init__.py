@@ -9,9 +9,11 @@
 | `blocks` | distance-matched ABBA blocks with A/A and solo controls |
 | `report` | both together: the verdict, in words and as figures |
 | `plot` | loss against switches a second, as SVG |
+| `result` | what is kept of a measurement for warnings, gauges and budgets; needs no extra |
 
-All of it is pure: arrays in, values out; time and randomness are passed in. NumPy and SciPy are an
-optional extra, so nothing here is imported before `need_extra` has said that they are there.
+All of it is pure but for the files of `slices` and `result`: arrays in, values out; time and randomness are passed
+in. NumPy and SciPy are an optional extra, so nothing here but `result` is imported before `need_extra` has said that
+they are there.
 """
 
 from __future__ import annotations

@@ -21,21 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from .blocks import BlockEstimate, estimate_blocks
 from .interval import CONFIDENCE, Estimate, combine
 from .order import OrderEstimate, estimate_order
+from .result import Interval, MeasuredHost, MixingResult, VerdictKind
 from .slices import Mode, Recording
 
-__all__ = ["Analysis", "Verdict", "analyse", "judge", "per_cent", "to_json"]
+__all__ = ["Analysis", "Verdict", "analyse", "judge", "per_cent", "to_json", "to_result"]
 
 CHECKED_AT: Final = 0.99
 LEAST_USED: Final = 0.5              # of the slices
 USUAL_SLICE_NS: Final = 5_000_000    # what a service uses unless it is told otherwise
 WANTED: Final = 0.002                # half-width of the loss at the reference slice length
-
-VerdictKind = Literal["penalty", "none", "gain", "inconclusive"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +239,35 @@ def to_json(analysis: Analysis, verdict: Verdict) -> dict[str, Any]:
                 "loss": _plain(p.loss, 1.0), "loss_by_victim": {m: _plain(e, 1.0) for m, e in p.loss_by_victim.items()},
                 "control": _plain(p.control, 1.0), "switching": _plain(p.switching, 1.0)} for p in blocks.points]},
     }
+
+
+def to_result(analysis: Analysis, verdict: Verdict) -> MixingResult:
+    """What is kept of it for others. `about` is that of service/loans' clients (cli/measure.py)."""
+    about, order, blocks = analysis.about, analysis.order, analysis.blocks
+    working_set = about.get("working_set_bytes")
+    return MixingResult(
+        source="on-demand", measured_unix_s=float(about.get("measured_unix_s", 0.0)),
+        seconds=float(about.get("seconds", 0.0)),
+        host=MeasuredHost(**{name: str(about.get(name, "unknown")) for name in ("technology", "cpu_model", "kernel")}),
+        cpu=int(about.get("cpu", 0)), dispatch=str(about.get("dispatch", "unknown")),
+        guests=str(about.get("guests", "unknown")),
+        working_set_bytes=working_set if isinstance(working_set, int) else None,
+        reference_slice_us=analysis.reference_ns / 1e3, slices=order.slices if order else 0,
+        verdict=verdict.kind, headline=verdict.headline, doubts=verdict.doubts, cost_us=_interval(analysis.cost),
+        cost_us_by_victim={mode: one for mode, e in analysis.by_victim.items() if (one := _interval(e))},
+        null_us=_interval(order.null if order else None), control_us=_interval(blocks.control if blocks else None),
+        agreement_us=_interval(analysis.difference), switching_us=_interval(blocks.switching if blocks else None))
+
+
+def _interval(estimate: Estimate | None) -> Interval | None:
+    """In us; None also where there is no finite one."""
+    if estimate is None:
+        return None
+    low, high = estimate.bounds()
+    try:
+        return Interval(estimate.value / 1e3, low / 1e3, high / 1e3)
+    except ValueError:
+        return None
 
 
 def _cost(estimate: Estimate | None) -> dict[str, float] | None:

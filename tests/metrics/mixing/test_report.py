@@ -14,7 +14,7 @@ import pytest
 from mixvisor.metrics import mixing
 from mixvisor.metrics.mixing.design import rounds
 from mixvisor.metrics.mixing.plot import svg
-from mixvisor.metrics.mixing.report import analyse, judge, per_cent, to_json
+from mixvisor.metrics.mixing.report import analyse, judge, per_cent, to_json, to_result
 from mixvisor.metrics.mixing.slices import COLUMNS, DataError, read, write
 
 from .synthetic import random_blocks, record
@@ -86,6 +86,19 @@ def test_json_has_every_figure_with_its_interval(costly):
         "hardware|hardware", "hardware|software", "software|hardware", "software|software"}
     assert [point["slice_ns"] for point in data["blocks"]["points"]] == [500_000, 1_000_000, 2_000_000]
     assert data["ratio_by_victim"]["hardware"]["value"] == pytest.approx(1 - 0.016, abs=0.002)
+
+
+def test_what_is_kept_has_the_figures_of_the_analysis_and_what_is_unknown_is_said(costly):
+    analysis = analyse(costly)
+    kept = to_result(analysis, judge(analysis))
+    assert kept.usable
+    assert kept.cost_us.value == pytest.approx(analysis.cost.value / 1e3)
+    assert kept.cost_us.includes(16)
+    assert kept.null_us.includes(0)
+    assert kept.control_us.includes(0)
+    assert kept.host.technology == "unknown"
+    nothing = analyse(record(1, random_blocks(2)))
+    assert to_result(nothing, judge(nothing)).cost_us is None
 
 
 def test_a_recording_comes_back_from_its_file_as_it_was(costly, tmp_path):
