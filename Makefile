@@ -13,12 +13,12 @@ help:
 	@echo "make bench  every benchmark, about ten minutes on a quiet machine"
 	@echo "make docs   write the generated pages, tables and the dashboard anew"
 
-# A stamp a flavour: setting up again happens only when the project's metadata changed.
-$(VENV)/.ready-run: pyproject.toml .ci/setup
+# A stamp a flavour: setting up again happens only when the project's metadata or its C part changed.
+$(VENV)/.ready-run: pyproject.toml .ci/setup sched/steady.c
 	@VENV=$(VENV) .ci/setup run
 	@touch $@
 
-$(VENV)/.ready-dev: pyproject.toml .ci/setup
+$(VENV)/.ready-dev: pyproject.toml .ci/setup sched/steady.c
 	@VENV=$(VENV) .ci/setup dev
 	@touch $@ $(VENV)/.ready-run
 

@@ -63,9 +63,12 @@ def version(output: str) -> None:
     import platform
     from importlib.metadata import version as version_of
 
+    from ..sched import steady
+
     versions = {name: version_of(name) for name in ("mixvisor", "unicorn", "capstone", "trio")}
     versions["python"] = platform.python_version()
     versions["linux"] = platform.release()
+    versions["dispatcher"] = "compiled" if steady.load() else "interpreted (no C compiler when this was installed)"
     if output == "json":
         print_json({"schema": 1, "versions": versions})
         return

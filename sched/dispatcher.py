@@ -30,7 +30,8 @@ Never waits for the supervisor: a stale heartbeat, `halt` or any error of its ow
 thread given back. Where it is poor: a pick that falls asleep in mid-slice leaves the rest of
 the slice to the kernel's choice among the others (billed, and corrected in the next slices); if
 it does so in a breath, or with all of those that are ready, the CPU idles for the rest of it. A
-step wakes to cold caches, which makes it seven times as dear as a warm one (docs/performance.md).
+step wakes to cold caches, which makes it many times as dear as a warm one: so the usual step is taken in C where that
+was compiled (steady.py), and here where it was not or something is not usual.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ..vm.worker.status import FIELDS, STATUS_SIZE, Phase
-from . import linux
+from . import linux, steady
 from .linux import Kernel, Level, RunClock, State
 from .model import Slot
 from .policy import POLICIES, Batching, Runqueue
@@ -169,6 +170,7 @@ class _Vcpu:
     doze_at: int = 0                 # overdrawn sleeper: when its debt is worn off
     rate: int = 0
     cap: int = 0
+    addresses: tuple[int | None, int | None] | None = None    # of its phase and progress words (steady.py)
 
 
 class Dispatcher:
@@ -177,6 +179,9 @@ class Dispatcher:
     The slice that runs now is spread over the `_slice_*` fields: this is the one hot path of
     the project, and cold caches make every Python operation in it cost several times its price.
     """
+
+    SLEEPING: Final = tuple(sorted(_SLEEPING))
+    POLICY_WORDS: Final = _POLICY
 
     # Beyond thirty attributes CPython gives up its fast access, except by slots.
     __slots__ = (
@@ -485,10 +490,13 @@ class Dispatcher:
         rate, cap = words[base + _RATE], words[base + _CAP]
         if rate != vcpu.rate:
             vcpu.rate = rate
-            self._queue.set_rate(slot, max(rate, 1) / ONE_CPU)
+            self._follow_rate(vcpu)
         if cap != vcpu.cap:
             vcpu.cap = cap
             self._queue.set_cap(slot, cap / ONE_CPU)
+
+    def _follow_rate(self, vcpu: _Vcpu) -> None:
+        self._queue.set_rate(vcpu.slot, max(vcpu.rate, 1) / ONE_CPU)
 
     def _release(self, vcpu: _Vcpu, now: int) -> None:
         """Final account, out of real time, and it is anybody's."""
@@ -788,6 +796,8 @@ def main(arguments: dict[str, Any], fds: list[int]) -> int:
     cpu_at = block + CPU_FIELDS["cpu_ns"]
     earlier = words[cpu_at] - cpu_clock()
     dispatcher = Dispatcher(shared, settings, Kernel(), _SocketInbox(link), clock())
+    library = steady.load() if settings.kind in ("precise", "gentle") else None
+    usual = steady.Steady(library, dispatcher) if library is not None else None
     steps = 0
     try:
         now = clock()
@@ -797,6 +807,9 @@ def main(arguments: dict[str, Any], fds: list[int]) -> int:
                 words[cpu_at] = earlier + cpu_clock()
             before = clock()
             dispatcher.note_decision(before - now)
+            if usual is not None and usual.possible():
+                now = usual.run(earlier) or clock()
+                continue
             # clock_nanosleep: one call where a timerfd takes two, and as punctual.
             if due > before:
                 sleep((due - before) / 1e9)

@@ -144,6 +144,7 @@ class Kernel:
 
 class RunClock(Protocol):
     read: Callable[[], int]      # ns; OSError once the thread has ended and been reaped
+    native: tuple[int, int]      # the same for C (steady.c): 1 and a clock's id, or 2 and a descriptor
 
     def close(self) -> None: ...
 
@@ -153,7 +154,9 @@ class _ProcessClock:
 
     def __init__(self, pid: int) -> None:
         # CPUCLOCK_SCHED in the kernel's posix-timers.h; the negated pid says which process.
-        self.read = functools.partial(time.clock_gettime_ns, (~pid << 3) | 2)
+        number = (~pid << 3) | 2
+        self.read = functools.partial(time.clock_gettime_ns, number)
+        self.native: tuple[int, int] = (1, number)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -164,6 +167,7 @@ class _ThreadClock:
 
     def __init__(self, pid: int, tid: int) -> None:
         self._fd = os.open(f"/proc/{pid}/task/{tid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        self.native: tuple[int, int] = (2, self._fd)
 
     def read(self) -> int:
         return int(os.pread(self._fd, 96, 0).split(None, 1)[0])

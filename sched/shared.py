@@ -282,6 +282,10 @@ class RingWriter:
         self._head_at = shared.cpu(index) + CPU_FIELDS["head"]
         self._first = shared.ring(index) * 8
         self._mask = shared.ring_records - 1
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Somebody else wrote records in between."""
         self._head = self._words[self._head_at]
 
     def write(self, *record: int) -> None:

@@ -26,6 +26,8 @@ SLICE = 5_000_000
 
 
 class FakeClock:
+    native = (1, 0)
+
     def __init__(self, thread: FakeThread) -> None:
         self._thread = thread
 
