@@ -26,6 +26,9 @@ short a time (linux.py); those that doze are left alone. After a breath, `READY`
 and wait at FIFO 1, in case that the pick falls asleep; any more stay stopped until they are
 picked. So a breath costs the same for five as for five hundred.
 
+Script.  While the CPU's order is lent to a measurement (loan.py) the run queue is one that plays a
+script; slices then have their own lengths, and breaths are as long and as rare as they may be.
+
 Never waits for the supervisor: a stale heartbeat, `halt` or any error of its own ends in every
 thread given back. Where it is poor: a pick that falls asleep in mid-slice leaves the rest of
 the slice to the kernel's choice among the others (billed, and corrected in the next slices); if
@@ -52,20 +55,23 @@ from ..vm.worker.status import FIELDS, STATUS_SIZE, Phase
 from . import linux, steady
 from .linux import Kernel, Level, RunClock, State
 from .model import Slot
-from .policy import POLICIES, Batching, Runqueue
+from .policy import POLICIES, Batching, Runqueue, ScriptedRunqueue
 from .shared import (
     ACTIVE,
     CPU_FIELDS,
     HEADER,
+    LENT,
     MODES,
     NOBODY,
     ONE_CPU,
     PAUSED,
+    RECORD_ENTRY_SHIFT,
     RECORD_IDLE,
     RECORD_MIGRATED,
     SLOT_FIELDS,
     SLOT_WORDS,
     RingWriter,
+    ScriptReader,
     Shared,
 )
 
@@ -187,7 +193,8 @@ class Dispatcher:
     __slots__ = (
         "_asked", "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit", "_debtors",
         "_decision", "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
-        "_plain", "_queue", "_relevel", "_retry", "_ring", "_settings", "_shared", "_slice_breath", "_slice_edge_late",
+        "_plain", "_queue", "_relevel", "_retry", "_ring", "_script", "_settings", "_shared", "_slice_breath",
+        "_slice_edge_late",
         "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress", "_slice_start", "_states",
         "_turn", "_vcpus", "_words",
     )
@@ -202,6 +209,7 @@ class Dispatcher:
         self._inbox = inbox
         self._slice_ns = shared.get("slice_ns")
         self._asked = self._wanted()
+        self._script: ScriptedRunqueue | None = None     # the queue, while it plays one
         self._queue = self._new_queue()
         self._base = shared.cpu(settings.index)
         self._ring = RingWriter(shared, settings.index)
@@ -400,11 +408,16 @@ class Dispatcher:
         words[self._base + CPU_FIELDS["seen_epoch"]] = epoch
 
     def _wanted(self) -> tuple[int, ...]:
-        """Policy and settings as the supervisor wants them now."""
-        return tuple(map(self._shared.get, _POLICY))
+        """Policy and settings as the supervisor wants them now, and whether a script is to be played."""
+        return *map(self._shared.get, _POLICY), self._shared.get("script_cpu") == self._settings.cpu
 
     def _new_queue(self) -> Runqueue:
-        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns = self._asked
+        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, scripted = self._asked
+        self._script = None
+        if scripted:
+            self._script = ScriptedRunqueue(
+                ScriptReader(self._shared, self._settings.index), slice_ns, ratelimit_ns)
+            return self._script
         return _POLICIES[policy].runqueue(slice_ns, ratelimit_ns, Batching(
             batch_ns=batch_ns, wait_max_ns=wait_max_ns, budget_ns=budget_ns))
 
@@ -487,6 +500,8 @@ class Dispatcher:
                 self._enter(vcpu, now)
         if paused:
             return
+        if self._script is not None:
+            self._script.lend(slot, bool(words[base + _FLAGS] & LENT))
         rate, cap = words[base + _RATE], words[base + _CAP]
         if rate != vcpu.rate:
             vcpu.rate = rate
@@ -636,6 +651,10 @@ class Dispatcher:
             self._set_levels(new)
         if new is not None:
             length = queue.slice_ns(new.slot) if self._capped else self._slice_ns
+            if self._script is not None and self._script.entry:
+                length = self._script.length_ns
+                flags |= self._script.entry << RECORD_ENTRY_SHIFT
+                self._breath_ns = max(length, BREATH_MAX_NS // length * length)
         else:
             length = IDLE_TICK_NS
             if self._capped:

@@ -2,7 +2,8 @@
 
 Entitlement.  A VM is entitled to its share *of what the VMs got together*: CPU time that the
 host's other work took is nobody's debt. So entitled and received add up to the same, and lag
-has no drift. It accrues only while the VM competes.
+has no drift. It accrues only while the VM competes. VMs that lend their time to a measurement
+(loan.py) are entitled to theirs together; among them each to what the script gave it.
 
 Readings come from the shared table, where dispatchers leave totals; nothing here is lost when a
 dispatcher is replaced or the policy changes. Where it is poor: figures are as old as the last
@@ -52,6 +53,7 @@ class Ledger:
             received = max(0, run - vcpu.seen_run)
             vcpu.seen_run += received
             due.append((vcpu, vcpu.share * passed, received))
+        due = _among_lenders(due)
         wanted = sum(entitled for _vcpu, entitled, _received in due)
         limit = float(self.slice_ns)
         # Bills arrive slice by slice, time passes evenly: what one look has too much of, the
@@ -105,3 +107,13 @@ class Ledger:
             lag_ns=round(vcpu.lag_ns), leak_ns=read("leak_ns"), emulator_ns=vcpu.emulator_ns,
             slices=read("slices"), migrations=read("migrations"), awake=bool(read("awake")),
             paused=vcpu.paused)
+
+
+def _among_lenders(due: list[tuple[Vcpu, float, int]]) -> list[tuple[Vcpu, float, int]]:
+    """What lenders are due together, divided as they received it."""
+    lent = [(entitled, received) for vcpu, entitled, received in due if vcpu.lent]
+    together = sum(received for _entitled, received in lent)
+    if not together:
+        return due
+    each = sum(entitled for entitled, _received in lent) / together
+    return [(vcpu, received * each if vcpu.lent else entitled, received) for vcpu, entitled, received in due]

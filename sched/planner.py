@@ -58,7 +58,8 @@ class Planner:
         self._send_parcel = send_parcel
         self.period_s = BALANCE_S        # until the next plan
         self._shares: dict[tuple[VmDemand, ...], dict[str, float]] = {}
-        self._dirty = False              # demands changed: plan anew
+        self.dirty = False               # demands changed: plan anew
+        self.lent: dict[str, int] = {}   # VMs that live on this host CPU for a while (loan.py)
         self._awake_seen: tuple[tuple[int, bool], ...] = ()
 
     def adopt(self, policy: Policy) -> None:
@@ -69,7 +70,9 @@ class Planner:
         self._split_ns = self._clock()
 
     def _confined(self, vcpu: Vcpu) -> frozenset[int]:
-        """The host CPUs that it may use, under the partition if there is one."""
+        """The host CPUs that it may use, under the partition if there is one, or while it is lent."""
+        if vcpu.vm in self.lent:
+            return frozenset({self.lent[vcpu.vm]})
         if self._split is None:
             return vcpu.cpus
         return self._split.confine(vcpu.vm, vcpu.thread.mode, vcpu.cpus & frozenset(self._cpus))
@@ -116,7 +119,7 @@ class Planner:
 
     def is_due(self) -> bool:
         """Whether a plan now could differ from the last one."""
-        return (self._dirty or len(self._cpus) > 1
+        return (self.dirty or len(self._cpus) > 1
                 or self._who_competes() != self._awake_seen)
 
     async def balance(self) -> None:
@@ -134,7 +137,7 @@ class Planner:
         """Entitlements and placement of now, published; parcels go ahead of their vCPUs."""
         table = self._table
         self._account()
-        self._dirty = False
+        self.dirty = False
         vcpus = [vcpu for vcpu in table if not vcpu.leaving]
         competing = {vcpu.slot: table.competes(vcpu) for vcpu in vcpus}
         self._awake_seen = self._who_competes()
@@ -171,7 +174,7 @@ class Planner:
                 if table.word(vcpu, "have_cpu") == want:
                     moves.append((vcpu, to))
                 else:
-                    self._dirty = True
+                    self.dirty = True
         for vcpu, to in moves:
             await self._send_parcel(to, vcpu)
             if (not vcpu.leaving and table.holds(vcpu)

@@ -26,8 +26,12 @@ owner: nothing is lost and nothing billed twice. The words of a dead dispatcher 
 supervisor's to write (it alone knows that the process has ended); `halt` is the guard's while it
 lives, and the supervisor's after that.
 
+A *script* (sched/loan.py) is a ring of (slot, length) pairs that one dispatcher plays instead of its
+policy's picks: the supervisor writes entries first and `script_head` last, the dispatcher of
+`script_cpu` counts those it has played in `script_at`. Entries are numbered for the life of the table.
+
 Units: `_ns` nanoseconds; `rate` and `cap` in 1e-9 of a host CPU (`ONE_CPU`).
-Where it is poor: fixed sizes (2048 vCPUs, 4096 slice records a CPU: 2 s at 0.5 ms slices).
+Where it is poor: fixed sizes (2048 vCPUs, 4096 slice records a CPU: 2 s at 0.5 ms slices), one script.
 """
 
 from __future__ import annotations
@@ -42,10 +46,10 @@ from typing import Final, NamedTuple
 
 __all__ = [
     "ACTIVE", "CPU_FIELDS", "CPU_WORDS", "DECISION_BOUNDS_NS", "HEADER", "HEADER_WORDS",
-    "LATENESS_BOUNDS_NS", "MODES", "NOBODY", "ONE_CPU", "PAUSED", "RECORD_IDLE",
-    "RECORD_MIGRATED", "RECORD_WORDS", "RESIDENCIES", "RUN_LENGTH_BOUNDS_NS", "SLOT_FIELDS",
-    "SLOT_WORDS", "RingReader", "RingWriter", "Shared", "SharedMemoryError", "SliceRecord",
-    "bucket",
+    "LATENESS_BOUNDS_NS", "LENT", "MODES", "NOBODY", "ONE_CPU", "PAUSED", "RECORD_ENTRY_SHIFT", "RECORD_IDLE",
+    "RECORD_MIGRATED", "RECORD_WORDS", "RESIDENCIES", "RUN_LENGTH_BOUNDS_NS", "SCRIPT_ENTRIES", "SLOT_FIELDS",
+    "SLOT_WORDS", "RingReader", "RingWriter", "ScriptReader", "ScriptWriter", "Shared", "SharedMemoryError",
+    "SliceRecord", "bucket",
 ]
 
 MAGIC: Final = 0x3144_4548_4353_564D           # "MVSCHED1"
@@ -88,6 +92,9 @@ HEADER, _used = _number((
     "guard_ready",      # guard: 1 once it watches
     "policy",           # supervisor: index in policy.POLICIES
     "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns",    # supervisor: policy.Batching
+    "script_cpu",       # supervisor: the host CPU whose dispatcher plays the script, NOBODY = none
+    "script_first",     # supervisor: number of the first entry that is still to be played
+    "script_head",      # supervisor: entries written, ever
 ))
 assert _used <= HEADER_WORDS
 
@@ -95,7 +102,7 @@ SLOT_WORDS: Final = 32
 SLOT_FIELDS, _used = _number((
     # The supervisor's words.
     "generation",       # unique to an admission; 0 = free
-    "flags",            # ACTIVE, PAUSED
+    "flags",            # ACTIVE, PAUSED, LENT
     "pid", "tid", "start_ticks",
     "mode",
     "want_cpu",         # host CPU or NOBODY
@@ -119,6 +126,7 @@ SLOT_FIELDS, _used = _number((
 assert _used <= SLOT_WORDS
 ACTIVE: Final = 1
 PAUSED: Final = 2
+LENT: Final = 4                # its time is lent to a script
 
 CPU_WORDS: Final = 64
 CPU_FIELDS, _used = _number((
@@ -132,8 +140,12 @@ CPU_FIELDS, _used = _number((
     "lost_threads",     # threads that ended while they were scheduled
     "refusals",         # calls that the kernel did not permit
     ("runnable", len(MODES)),        # awake vCPUs placed here, by mode
+    "script_at",        # number of the next entry of the script
 ))
 assert _used <= CPU_WORDS
+
+SCRIPT_ENTRIES: Final = 4096
+_SCRIPT_WORDS: Final = 2       # slot (NOBODY: the policy's turn), length in ns
 
 RECORD_WORDS: Final = 16
 RECORD: Final = struct.Struct(f"@{RECORD_WORDS}q")   # native: each word copied whole
@@ -141,6 +153,7 @@ _RECORD_BYTES: Final = RECORD.size
 _pack_into = RECORD.pack_into
 RECORD_MIGRATED: Final = 1     # the vCPU's first slice on this host CPU
 RECORD_IDLE: Final = 2         # time that no VM received was wanted by none
+RECORD_ENTRY_SHIFT: Final = 8  # above: the number of the script's entry + 1, 0 = not of a script
 
 
 class SharedMemoryError(Exception):
@@ -220,6 +233,7 @@ class Shared:
             base = shared.slot(slot)
             shared.words[base + SLOT_FIELDS["want_cpu"]] = NOBODY
             shared.words[base + SLOT_FIELDS["have_cpu"]] = NOBODY
+        shared.set("script_cpu", NOBODY)
         return shared
 
     def slot(self, index: int) -> int:
@@ -234,6 +248,11 @@ class Shared:
     def ring(self, index: int) -> int:
         """First word of the ring of the index-th host CPU."""
         return self.cpu(index) + CPU_WORDS
+
+    @property
+    def script(self) -> int:
+        """First word of the script."""
+        return self.cpu(self.cpus)
 
     def get(self, name: str) -> int:
         """A word of the header."""
@@ -270,7 +289,49 @@ class Shared:
 
 def _size(slots: int, cpus: int, ring_records: int) -> int:
     return 8 * (HEADER_WORDS + slots * SLOT_WORDS
-                + cpus * (CPU_WORDS + ring_records * RECORD_WORDS))
+                + cpus * (CPU_WORDS + ring_records * RECORD_WORDS) + SCRIPT_ENTRIES * _SCRIPT_WORDS)
+
+
+class ScriptWriter:
+    """The supervisor's end of the script, from its next entry on."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._words = shared.words
+        self._first_word = shared.script
+        self.first = self.head = shared.get("script_head")
+        shared.set("script_first", self.first)
+
+    def write(self, entries: Sequence[tuple[int, int]], played: int) -> int:
+        """Append (slot, length) pairs as far as there is room; returns how many. *played*: `script_at`."""
+        room = SCRIPT_ENTRIES - (self.head - max(played, self.first))
+        for slot, length_ns in entries[:room]:
+            at = self._first_word + self.head % SCRIPT_ENTRIES * _SCRIPT_WORDS
+            self._words[at], self._words[at + 1] = slot, length_ns
+            self.head += 1
+        self._words[HEADER["script_head"]] = self.head
+        return min(room, len(entries))
+
+
+class ScriptReader:
+    """A dispatcher's end; goes on where a dead predecessor stopped."""
+
+    def __init__(self, shared: Shared, index: int) -> None:
+        self._words = shared.words
+        self._first_word = shared.script
+        self._at_word = shared.cpu(index) + CPU_FIELDS["script_at"]
+        self._words[self._at_word] = max(self._words[self._at_word], shared.get("script_first"))
+
+    def peek(self) -> tuple[int, int, int] | None:
+        """(number, slot, length) of the next entry; None: nothing is written yet."""
+        words = self._words
+        number = words[self._at_word]
+        if number >= words[HEADER["script_head"]]:
+            return None
+        at = self._first_word + number % SCRIPT_ENTRIES * _SCRIPT_WORDS
+        return number, words[at], words[at + 1]
+
+    def advance(self) -> None:
+        self._words[self._at_word] += 1
 
 
 class RingWriter:

@@ -27,6 +27,7 @@ from .accounts import CpuFigures, SchedulerStatistics, VcpuFigures
 from .baseline import Baseline
 from .crew import Crew, DispatchRefused, Host, Process, Spawn, Warn, until
 from .ledger import Ledger
+from .loan import Lender, Loan
 from .model import VmDemand
 from .planner import Planner
 from .policy import POLICIES, Batching, Split, admit
@@ -90,6 +91,7 @@ class Scheduler:
             self._table, self._cpus, self._policy, migrate_resist_ns=migrate_resist_ns,
             siblings=siblings or {}, account=self._account,
             send_parcel=self._crew.send_parcel, split=self._tell_split)
+        self._lender = Lender(self._table, self._planner, self._crew, self._plan)
         self._recorder = FlightRecorder(self._cpus)
         self._past: dict[str, VcpuFigures] = {}
         self._final: SchedulerStatistics | None = None     # after `run` has ended
@@ -129,6 +131,7 @@ class Scheduler:
 
     async def _close(self) -> None:
         self._account()
+        self._lender.end("the scheduler ended")
         self._baseline.withdraw()
         await self._crew.dismiss_dispatchers()
         # Dispatchers gave back what they had; this is for those that could not.
@@ -172,6 +175,7 @@ class Scheduler:
         A VM that is not scheduled is no error. Its figures stay until `forget`.
         """
         mine = self._table.of(vm)
+        self._end_loan_of(vm, f"VM {vm!r} ended")
         for vcpu in mine:
             vcpu.leaving = True
         with trio.CancelScope(shield=True):
@@ -218,6 +222,7 @@ class Scheduler:
         await self._set_paused(vm, False)
 
     async def _set_paused(self, vm: str, paused: bool) -> None:
+        self._end_loan_of(vm, f"VM {vm!r} was paused")
         for vcpu in self._table.of(vm):
             if vcpu.paused != paused:
                 vcpu.paused = paused
@@ -248,6 +253,7 @@ class Scheduler:
             for d in self._planner.demands(everyone=True, confined=False)], self._cpus)
         if refusal is not None:
             raise AdmissionRefused(refusal)
+        self._end_loan_of(vm, f"the parameters of VM {vm!r} were changed")
         for vcpu in mine:
             vcpu.weight, vcpu.cap, vcpu.reservation, vcpu.cpus = weight, cap, reservation, cpus
         await self._plan()
@@ -262,6 +268,7 @@ class Scheduler:
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: {', '.join(POLICIES)}")
         async with self._changing:
+            self._end_loan("the policy was changed")
             self._policy = POLICIES[policy]
             self._batching = batching or self._batching
             self._slice_ns = self._ledger.slice_ns = slice_ns or self._slice_ns
@@ -282,6 +289,33 @@ class Scheduler:
             with trio.move_on_after(CHANGE_S):
                 await until(lambda: self._closing or self._crew.follow(epoch))
             await self._plan()
+
+    # -- an order that is lent ---------------------------------------------------------------
+
+    async def lend(self, vms: Sequence[str]) -> Loan:
+        """Bring these VMs together on one host CPU, whose order is the loan's script from now on.
+
+        Raises LoanRefused.
+        """
+        return await self._lender.lend(vms)
+
+    def note_loan(self) -> None:
+        """Bring the slices of the loan up to now."""
+        if self._shared is not None:
+            self._account()
+
+    def end_loan(self, loan: Loan, reason: str) -> None:
+        """Everything goes back; one that has ended is no error."""
+        if self._lender.loan is loan:
+            self._end_loan(reason)
+
+    def _end_loan_of(self, vm: str, reason: str) -> None:
+        if self._lender.lends(vm):
+            self._end_loan(reason)
+
+    def _end_loan(self, reason: str) -> None:
+        self.note_loan()
+        self._lender.end(reason)
 
     def _publish(self, shared: Shared) -> None:
         """What dispatchers need to know of policy and settings."""
@@ -323,6 +357,8 @@ class Scheduler:
             records = host.reader.read()
             host.account.fold(records)
             self._recorder.note(host.cpu, records)
+            if (loan := self._lender.loan) is not None and loan.cpu == host.cpu:
+                loan.note(records)
         self._ledger.account(time.monotonic_ns(), len(self._cpus))
 
     def recording(self, reason: str, seconds: float | None = None) -> PackedRecording:

@@ -56,6 +56,7 @@ class Vcpu:
     cpus: frozenset[int]
     paused: bool = False
     leaving: bool = False
+    lent: bool = False               # to a measurement (loan.py)
     at_kernel: tuple[int, frozenset[int]] | None = None     # nice and affinity (baseline.py)
     share: float = 0.0               # entitled, in host CPUs
     entitled_ns: float = 0.0

@@ -10,6 +10,8 @@ ask for; whoever needs the parts of a policy asks it for them, and nobody else l
 | batch | | BatchRunqueue | ours |
 | partition | Partition | BatchRunqueue, for where modes must meet | ours |
 | kernel | | | the kernel's, by nice levels |
+
+`ScriptedRunqueue` (scripted.py) is no policy: it stands in for one where an order is lent to a measurement.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from .entitlement import admit, entitle
 from .fair import Runqueue
 from .partition import Partition, Split, Tenant, cores_of
 from .placement import place
+from .scripted import ScriptedRunqueue
 
 __all__ = [
     "POLICIES",
@@ -32,6 +35,7 @@ __all__ = [
     "Partition",
     "Policy",
     "Runqueue",
+    "ScriptedRunqueue",
     "Split",
     "Tenant",
     "admit",

@@ -15,9 +15,12 @@ from mixvisor.sched.linux import KINDS, Level, states_of
 from mixvisor.sched.model import Slot
 from mixvisor.sched.shared import (
     ACTIVE,
+    LENT,
     NOBODY,
     PAUSED,
+    RECORD_ENTRY_SHIFT,
     RingReader,
+    ScriptWriter,
     Shared,
 )
 from mixvisor.vm.worker.status import Phase
@@ -471,6 +474,59 @@ def test_whoever_is_let_go_in_a_breath_is_not_left_stopped(host: Host, why: str)
         host.go(3)
     assert not any(thread.stopped for thread in threads)
     assert all(thread.policy == os.SCHED_OTHER for thread in threads)
+
+
+def lend(host: Host, *slots: int) -> ScriptWriter:
+    writer = ScriptWriter(host.shared)
+    for slot in slots:
+        host.shared.slot_set(slot, "flags", ACTIVE | LENT)
+    host.shared.set("script_cpu", host.cpu)
+    host.shared.bump()
+    return writer
+
+
+def test_a_script_is_played_with_its_lengths_and_its_numbers_are_in_the_records(host: Host) -> None:
+    for slot in range(3):
+        host.add(slot, 0.3)
+    host.go(10)
+    host.reader.read()
+    script = [(1, 1_000_000), (0, 2_000_000), (0, 2_000_000), (2, 500_000)] * 20
+    lend(host, 0, 1, 2).write(script, 0)
+    host.go(150)
+    found = [(r.flags >> RECORD_ENTRY_SHIFT, r.slot, r.planned_end_ns - r.start_ns)
+             for r in host.reader.read() if r.flags >> RECORD_ENTRY_SHIFT]
+    assert found == [(number, *entry) for number, entry in enumerate(script, 1)]
+
+
+def test_what_is_run_by_a_script_is_billed_to_who_ran_and_afterwards_the_rates_hold_again(host: Host) -> None:
+    threads = [host.add(slot, rate) for slot, rate in enumerate((0.2, 0.8))]
+    host.go(10)
+    lend(host, 0, 1).write([(0, 5_000_000)] * 100, 0)
+    host.go(120)
+    host.shared.set("script_cpu", NOBODY)
+    for slot in range(2):
+        host.shared.slot_set(slot, "flags", ACTIVE)
+    host.shared.bump()
+    host.go(2)
+    before = [thread.ran for thread in threads]
+    host.go(500)
+    ran = [thread.ran - first for thread, first in zip(threads, before, strict=True)]
+    assert ran[0] / sum(ran) == pytest.approx(0.2, abs=0.01)
+    host.dispatcher.leave(host.now)
+    assert [host.shared.slot_get(slot, "charged_ns") for slot in range(2)] == [thread.ran for thread in threads]
+
+
+def test_breaths_of_a_script_stay_within_what_the_kernel_allows_real_time_threads(host: Host) -> None:
+    threads = [host.add(slot, 0.5) for slot in range(2)]
+    host.go(10)
+    lend(host, 0, 1).write([(at % 2, 1_000_000) for at in range(2000)], 0)
+    calm, began = 0, host.now
+    while host.now - began < 1_000_000_000:
+        start = host.now
+        host.go(1)
+        if not any(thread.policy == os.SCHED_FIFO and not thread.stopped for thread in threads):
+            calm += host.now - start
+    assert calm / (host.now - began) > 0.06       # the kernel wants 5 %
 
 
 def test_every_level_has_a_state_in_every_kind() -> None:

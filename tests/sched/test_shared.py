@@ -17,10 +17,13 @@ from mixvisor.sched.shared import (
     HEADER,
     HEADER_WORDS,
     RECORD_WORDS,
+    SCRIPT_ENTRIES,
     SLOT_FIELDS,
     SLOT_WORDS,
     RingReader,
     RingWriter,
+    ScriptReader,
+    ScriptWriter,
     Shared,
     SharedMemoryError,
     SliceRecord,
@@ -46,7 +49,8 @@ def test_parts_follow_one_another_without_overlap(table: Shared) -> None:
     assert table.cpu(0) == table.slot(8)
     assert table.ring(0) == table.cpu(0) + CPU_WORDS
     assert table.cpu(1) == table.ring(0) + 4 * RECORD_WORDS
-    assert len(table.words) == table.ring(1) + 4 * RECORD_WORDS
+    assert table.script == table.ring(1) + 4 * RECORD_WORDS
+    assert len(table.words) == table.script + 2 * SCRIPT_ENTRIES
 
 
 def test_fields_have_words_of_their_own() -> None:
@@ -119,3 +123,44 @@ def test_bounds_are_those_that_metrics_shows() -> None:
 def test_a_value_falls_in_the_first_bucket_that_holds_it(value: int) -> None:
     at = bucket(layout.LATENESS_BOUNDS_NS, value)
     assert at == sum(1 for bound in layout.LATENESS_BOUNDS_NS if bound < value)
+
+
+def test_a_script_is_read_as_it_was_written_however_often_its_ring_turns(table: Shared) -> None:
+    writer, reader = ScriptWriter(table), ScriptReader(table, 1)
+    written = read = 0
+    while read < 3 * SCRIPT_ENTRIES:
+        entries = [((written + i) % 7, written + i + 100) for i in range(1500)]
+        written += writer.write(entries, table.cpu_get(1, "script_at"))
+        for _ in range(1000):
+            line = reader.peek()
+            if line is None:
+                break
+            assert line == (read, read % 7, read + 100)
+            reader.advance()
+            read += 1
+
+
+def test_a_full_script_takes_no_more_until_some_of_it_was_played(table: Shared) -> None:
+    writer, reader = ScriptWriter(table), ScriptReader(table, 0)
+    many = [(1, 1)] * SCRIPT_ENTRIES
+    assert writer.write(many, 0) == SCRIPT_ENTRIES
+    assert writer.write(many, table.cpu_get(0, "script_at")) == 0
+    reader.advance()
+    assert writer.write(many, table.cpu_get(0, "script_at")) == 1
+
+
+def test_the_next_script_begins_where_the_last_was_written_to_not_where_it_was_played(table: Shared) -> None:
+    writer, reader = ScriptWriter(table), ScriptReader(table, 0)
+    writer.write([(1, 1), (2, 2), (3, 3)], 0)
+    reader.advance()
+    again = ScriptWriter(table)
+    assert again.write([(4, 4)], table.cpu_get(0, "script_at")) == 1
+    assert ScriptReader(table, 0).peek() == (3, 4, 4)
+    # Another host CPU plays the next one: it does not begin with what the first left.
+    assert ScriptReader(table, 1).peek() == (3, 4, 4)
+
+
+def test_a_successor_goes_on_with_the_script_where_a_dead_dispatcher_stopped(table: Shared) -> None:
+    ScriptWriter(table).write([(1, 1), (2, 2)], 0)
+    ScriptReader(table, 0).advance()
+    assert ScriptReader(table, 0).peek() == (1, 2, 2)

@@ -1,0 +1,127 @@
+"""A host CPU's order, lent: the script is played by real dispatchers, and everything goes back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from mixvisor.sched.loan import REST, LoanRefused
+from mixvisor.sched.supervisor import Scheduler
+
+from .conftest import CPU, Spawner, Spinner, until
+from .test_scheduler import scheduling, thread
+
+Make = Callable[[int], list[Spinner]]
+MS = 1_000_000
+
+
+async def three(scheduler: Scheduler, ours: list[Spinner]) -> None:
+    for spinner, (name, mode, weight) in zip(
+            ours, (("soft", "software", 100), ("hard", "hardware", 300), ("beside", "software", 400)), strict=True):
+        await scheduler.admit(thread(spinner, name, weight, mode=mode))
+    await until(lambda: all(v.slices for v in scheduler.statistics().vcpus))
+
+
+@pytest.mark.rt
+async def test_a_script_is_played_by_the_lenders_and_who_lends_nothing_keeps_its_share(
+    rt: None, spawner: Spawner, spinners: Make,
+) -> None:
+    ours = spinners(3)
+    async with scheduling(spawner, "precise") as scheduler:
+        await three(scheduler, ours)
+        loan = await scheduler.lend(["soft", "hard"])
+        assert (loan.modes, loan.counts, loan.cpu) == (("software", "hardware"), (False, False), CPU)
+        # Only the one of less weight, in bursts of 50 ms.
+        script = ([(0, MS)] * 50 + [(REST, 0)]) * 15
+        beside, began = ours[2].ran_ns(), time.monotonic_ns()
+        assert loan.write(script) == len(script)
+        await until(lambda: loan.played == len(script))
+        share = (ours[2].ran_ns() - beside) / (time.monotonic_ns() - began)
+        scheduler.note_loan()
+        slices = loan.take()
+        numbers = [s.entry for s in slices if s.entry >= 0]
+        assert numbers == [n for n, (vm, _length) in enumerate(script[:numbers[-1] + 1]) if vm != REST]
+        assert {s.vm for s in slices if s.entry >= 0} == {0}
+        assert {s.vm for s in slices if s.entry < 0} <= {-1, 0, 1}
+        assert share == pytest.approx(0.5, abs=0.12)
+        # Among the lenders nobody is behind: entitlement followed what the script gave.
+        figures = {v.vm: v for v in scheduler.statistics().vcpus}
+        assert abs(figures["hard"].lag_ns) <= 5 * MS
+        scheduler.end_loan(loan, "done")
+        assert loan.ended == "done"
+        assert loan.write(script) == 0
+        before = [spinner.ran_ns() for spinner in ours]
+        await trio.sleep(0.6)
+        ran = [spinner.ran_ns() - first for spinner, first in zip(ours, before, strict=True)]
+        assert [got / sum(ran) for got in ran] == pytest.approx([0.125, 0.375, 0.5], abs=0.06)
+    assert all(spinner.free() for spinner in ours)
+
+
+@pytest.mark.rt
+@pytest.mark.parametrize("how", ["released", "paused", "policy", "parameters", "closed"])
+async def test_whatever_ends_a_loan_gives_everything_back(
+    rt: None, spawner: Spawner, spinners: Make, how: str,
+) -> None:
+    ours = spinners(3)
+    async with scheduling(spawner, "gentle") as scheduler:
+        await three(scheduler, ours)
+        loan = await scheduler.lend(["soft", "hard"])
+        loan.write([(1, MS)] * 2000)
+        await until(lambda: loan.played > 10)
+        if how == "released":
+            await scheduler.release("hard")
+        elif how == "paused":
+            await scheduler.pause("hard")
+        elif how == "policy":
+            await scheduler.set_policy("batch")
+        elif how == "parameters":
+            await scheduler.set_parameters("hard", weight=300)
+        if how != "closed":
+            assert loan.ended
+            assert loan.take()
+            played = loan.played
+            slices = scheduler.figures("soft").slices
+            await until(lambda: scheduler.figures("soft").slices > slices + 3)
+            assert loan.played <= played + 1
+            again = await scheduler.lend(["soft", "beside"])
+            scheduler.end_loan(again, "done")
+    assert loan.ended
+    assert all(spinner.free() for spinner in ours)
+
+
+@pytest.mark.rt
+async def test_vms_that_cannot_lend_are_refused_and_nothing_has_changed(
+    rt: None, spawner: Spawner, spinners: Make,
+) -> None:
+    ours = spinners(3)
+    async with scheduling(spawner, "gentle") as scheduler:
+        await three(scheduler, ours)
+        await scheduler.set_parameters("beside", cap=0.5)
+        for vms, said in ((["soft", "beside"], "cap or a reservation"), (["soft", "soft"], "twice"),
+                          (["soft", "nobody"], "does not run")):
+            with pytest.raises(LoanRefused, match=said):
+                await scheduler.lend(vms)
+        await scheduler.pause("hard")
+        with pytest.raises(LoanRefused, match="does not run"):
+            await scheduler.lend(["soft", "hard"])
+        await scheduler.resume("hard")
+        loan = await scheduler.lend(["soft", "hard"])
+        with pytest.raises(LoanRefused, match="already"):
+            await scheduler.lend(["soft", "hard"])
+        for entry in ((2, MS), (-2, MS), (0, 0), (0, 1 << 40)):
+            with pytest.raises(ValueError, match="an entry is"):
+                loan.write([entry])
+        scheduler.end_loan(loan, "done")
+
+
+async def test_where_the_kernel_schedules_there_is_no_order_to_lend(spawner: Spawner, spinners: Make) -> None:
+    (one,) = spinners(1)
+    async with scheduling(spawner, "plain") as scheduler:
+        await scheduler.admit(thread(one, "one"))
+        with pytest.raises(LoanRefused, match="the kernel alone"):
+            await scheduler.lend(["one"])
+    assert os.sched_getscheduler(one.pid) == os.SCHED_OTHER
