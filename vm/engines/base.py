@@ -27,12 +27,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 __all__ = [
-    "EXIT_KINDS", "GPR", "Bus", "Cpu", "CpuState", "DescriptorTable", "EngineError",
-    "Exit", "ExitKind", "ExitReason", "HostLimit", "Segment",
-    "Watch", "nobody",
+    "EXIT_KINDS", "GPR", "MSRS", "Bus", "Cpu", "CpuState", "DescriptorTable", "EngineError", "Event",
+    "Exit", "ExitKind", "ExitReason", "Fpu", "HostLimit", "Segment",
+    "Watch", "WholeState", "nobody",
 ]
 
 
@@ -144,6 +144,61 @@ class CpuState:
     efer: int = 0
 
 
+# Model-specific registers that a guest may rely on, with their numbers. FS and GS base are in the segments, EFER
+# beside the control registers, the time-stamp counter in WholeState.
+MSRS: Final = {
+    "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176, "pat": 0x277, "star": 0xC000_0081,
+    "lstar": 0xC000_0082, "cstar": 0xC000_0083, "fmask": 0xC000_0084, "kernel_gs_base": 0xC000_0102,
+}
+_PAT_RESET: Final = 0x0007_0406_0007_0406
+
+
+@dataclass(slots=True)
+class Fpu:
+    """x87, MMX and SSE: the fields of FXSAVE (SDM volume 1, 10.5.1), after FNINIT.
+
+    `tags`: the abridged tag word, a bit for each *physical* register in use; `st`: 80-bit values of ST(0) to ST(7),
+    counted from the top of the stack (whose number is in `status`); MMX registers are their low halves.
+    """
+
+    control: int = 0x37F
+    status: int = 0
+    tags: int = 0
+    opcode: int = 0
+    instruction: int = 0       # 64-bit pointers of the last x87 instruction and its operand
+    operand: int = 0
+    st: list[int] = field(default_factory=lambda: [0] * 8)
+    xmm: list[int] = field(default_factory=lambda: [0] * 16)
+    mxcsr: int = 0x1F80
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An interrupt that was acknowledged, or an exception that was raised, and is not delivered yet."""
+
+    kind: Literal["interrupt", "exception"]
+    vector: int
+    error: int | None = None
+
+
+@dataclass(slots=True)
+class WholeState:
+    """Everything that a vCPU is between two calls of `run`: another engine can go on from it.
+
+    What guests cannot have here (vm/engines/cpuid.py keeps them from it): AVX and all else of XSAVE, a local APIC,
+    machine checks, memory type ranges, performance counters.
+    """
+
+    registers: CpuState = field(default_factory=CpuState)
+    fpu: Fpu = field(default_factory=Fpu)
+    msrs: dict[str, int] = field(default_factory=lambda: {name: _PAT_RESET if name == "pat" else 0 for name in MSRS})
+    debug: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0xFFFF_0FF0, 0x400])     # DR0 to DR3, DR6, DR7
+    tsc: int | None = None     # time-stamp counter at this moment; None: leave it as it is
+    event: Event | None = None
+    shadow: bool = False       # behind STI or a load of SS: no interrupt before the next instruction is done
+    halted: bool = False       # HLT is done, and `run` has not said so yet
+
+
 # (kind: ExitKind, *, behind: bool = False, port: int | None = None): see vm/code/ledger.py
 Watch = Callable[..., None]
 
@@ -211,8 +266,21 @@ class Cpu(Protocol):
         """Base of 'cs' 'ds' 'es' 'fs' 'gs' or 'ss': the cheap part of `get_state`."""
         ...
 
-    def get_state(self) -> CpuState: ...
-    def set_state(self, state: CpuState) -> None: ...
+    def get_state(self) -> CpuState:
+        """The registers alone: for reports and samples."""
+        ...
+
+    def set_state(self, state: CpuState) -> None:
+        """The registers alone; what else there is (FPU, MSRs ...) stays. Nothing is pending afterwards."""
+        ...
+
+    def get_whole(self) -> WholeState:
+        """Between two calls of `run`. Raises EngineError for what it cannot tell (AVX, for instance)."""
+        ...
+
+    def set_whole(self, whole: WholeState) -> None:
+        """Go on from there. Raises EngineError where this engine cannot; it is then of no use any more."""
+        ...
 
     def memory_changed(self, address: int, length: int) -> None:
         """The host wrote guest memory (a disk load): forget translated code there."""

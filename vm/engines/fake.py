@@ -22,7 +22,21 @@ import mmap
 from typing import Final
 
 from . import kick
-from .base import RFLAGS, RIP, RSP, Bus, CpuState, EngineError, Exit, ExitKind, ExitReason, Segment, Watch, nobody
+from .base import (
+    RFLAGS,
+    RIP,
+    RSP,
+    Bus,
+    CpuState,
+    EngineError,
+    Exit,
+    ExitKind,
+    ExitReason,
+    Segment,
+    Watch,
+    WholeState,
+    nobody,
+)
 
 __all__ = ["FakeCpu", "create"]
 
@@ -57,6 +71,8 @@ class FakeCpu:
         self._closed = False
         self._wanted = False                   # an interrupt
         self._shadow = False                   # behind STI or MOV SS: one instruction without interrupts
+        self._halted = False                   # HLT is done and not reported
+        self._rest = WholeState()              # what it keeps and does not use: FPU, MSRs, debug registers
         self._kicked = kick.Byte()
 
     # -- running -----------------------------------------------------------------------------
@@ -69,12 +85,18 @@ class FakeCpu:
             if self._kicked.take():
                 self._exits[ExitKind.KICK] += 1
                 return Exit(ExitReason.KICKED)
-            if self._wanted and not self._shadow and self._flags & _IF:
+            event, self._rest.event = self._rest.event, None
+            if event is not None:
+                self._halted = False
+                self._interrupt(event.vector)
+            elif self._wanted and not self._shadow and self._flags & _IF:
+                self._halted = False
                 self._interrupt(self._bus.acknowledge())
             self._shadow = False
             start = self._state.gpr[RIP]
             try:
-                if self._step():
+                if self._halted or self._step():
+                    self._halted = False
                     if self._wanted and self._flags & _IF:
                         continue
                     self._exits[ExitKind.HALT] += 1
@@ -288,6 +310,18 @@ class FakeCpu:
         if state.cr0 & 1:
             raise EngineError("the fake engine knows real mode only")
         self._state = copy.deepcopy(state)
+        self._shadow = self._halted = False
+        self._rest.event = None
+
+    def get_whole(self) -> WholeState:
+        whole = copy.deepcopy(self._rest)
+        whole.registers, whole.shadow, whole.halted = self.get_state(), self._shadow, self._halted
+        return whole
+
+    def set_whole(self, whole: WholeState) -> None:
+        self.set_state(whole.registers)
+        self._rest = copy.deepcopy(whole)
+        self._shadow, self._halted = whole.shadow, whole.halted
 
     def memory_changed(self, address: int, length: int) -> None:
         """Nothing is cached."""

@@ -6,6 +6,7 @@ kicked, so that a guest that should have stopped gives a failure and not a hangi
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import signal
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mixvisor.vm.engines import ENGINES, fake, kick
+from mixvisor.vm.engines import ENGINES, fake, kick, portable
 from mixvisor.vm.engines.base import RIP, RSP, Cpu, CpuState, Exit, ExitKind
 
 MEMORY = 1 << 20
@@ -92,6 +93,16 @@ class Machine:
     def run(self, code: str) -> Exit:
         self.load(code)
         return self.cpu.run()
+
+    def move(self, engine: str) -> None:
+        """Go on in another engine, by way of a file's plain data."""
+        plain = json.dumps(portable.to_plain(self.cpu.get_whole()))
+        old, self.engine = self.cpu, engine
+        self.cpu = CREATE[engine](self.memory, self.bus, self.exits)
+        try:
+            self.cpu.set_whole(portable.from_plain(json.loads(plain)))
+        finally:
+            old.close()
 
     def interrupt(self, vector: int, handler: str, *, at: int = 0x600) -> None:
         """Ask for *vector* once, with a handler (hex) at 0:*at* in the real-mode table."""

@@ -20,6 +20,18 @@ STRUCTS = {
     "kvm_dtable": abi.TableAbi,
     "kvm_sregs": abi.SpecialRegisters,
     "kvm_cpuid_entry2": abi.CpuidEntry,
+    "kvm_msr_entry": abi.MsrEntry,
+    "kvm_debugregs": abi.DebugRegisters,
+    "kvm_xsave": abi.Xsave,
+}
+EVENTS = [
+    *(f"exception.{name}" for name in ("injected", "nr", "has_error_code", "pending", "error_code")),
+    *(f"interrupt.{name}" for name in ("injected", "nr", "soft", "shadow")),
+    *(f"nmi.{name}" for name in ("injected", "pending", "masked")), "flags", "smi.smm", "smi.pending",
+]
+NUMBERS = {
+    "KVM_CAP_XSAVE": abi.CAP_XSAVE, "KVM_VCPUEVENT_VALID_SHADOW": abi.EVENT_SHADOW,
+    "KVM_X86_SHADOW_INT_MOV_SS": abi.SHADOW_MOV_SS, "KVM_X86_SHADOW_INT_STI": abi.SHADOW_STI,
 }
 
 
@@ -47,6 +59,10 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         wanted.append((f"{name}", f"sizeof(struct {name})"))
         wanted += [(f"{name}.{field}", f"offsetof(struct {name}, {field})")
                    for field in fields(structure)]
+    wanted += [(name, name) for name in NUMBERS]
+    wanted += [(f"events.{path}", f"offsetof(struct kvm_vcpu_events, {path})") for path in EVENTS]
+    wanted.append(("kvm_vcpu_events", "sizeof(struct kvm_vcpu_events)"))
+    wanted.append(("kvm_msrs.entries", "offsetof(struct kvm_msrs, entries)"))
     wanted.append(("kvm_cpuid2.entries", "offsetof(struct kvm_cpuid2, entries)"))
     prints = "\n".join(
         f'printf("{name} %llu\\n", (unsigned long long)({expression}));'
@@ -89,6 +105,24 @@ def test_structs_have_the_headers_size_and_offsets(header, name):
 
 def test_the_cpuid_table_starts_where_the_header_says(header):
     assert abi.CpuidHeader.entries.offset == header["kvm_cpuid2.entries"]
+
+
+def test_the_numbers_of_a_whole_state_are_those_of_the_header(header):
+    assert {name: header[name] for name in NUMBERS} == NUMBERS
+    assert abi.MsrHeader.entries.offset == header["kvm_msrs.entries"]
+
+
+def test_events_lie_where_the_header_says(header):
+    def offset(path: str) -> int:
+        structure, at = abi.Events, 0
+        for name in path.split("."):
+            member = getattr(structure, name)
+            at += member.offset
+            structure = dict(structure._fields_).get(name)
+        return at
+
+    assert ctypes.sizeof(abi.Events) == header["kvm_vcpu_events"]
+    assert {path: offset(path) for path in EVENTS} == {path: header[f"events.{path}"] for path in EVENTS}
 
 
 def test_general_registers_have_the_order_of_the_engines_contract():

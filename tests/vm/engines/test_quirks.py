@@ -14,7 +14,8 @@ import pytest
 from unicorn import unicorn_const, x86_const
 from unicorn.unicorn_py3 import unicorn as binding
 
-from mixvisor.vm.engines.base import RIP, CpuState, EngineError, ExitReason
+from mixvisor.vm.engines import cpuid
+from mixvisor.vm.engines.base import RAX, RBX, RCX, RDX, RIP, CpuState, EngineError, ExitReason, Fpu
 from mixvisor.vm.engines.software import quirks
 
 
@@ -92,6 +93,12 @@ def test_another_version_is_refused(monkeypatch):
 def test_a_cpu_that_is_not_found_is_refused(monkeypatch):
     monkeypatch.setattr(quirks, "_read_self", lambda fd, address, length: bytes(length))
     with pytest.raises(EngineError, match="not found"):
+        quirks._find_layout()
+
+
+def test_a_cpu_that_is_elsewhere_than_before_is_refused(monkeypatch):
+    monkeypatch.setattr(quirks, "CPU_TO_ENV", quirks.CPU_TO_ENV - 8)
+    with pytest.raises(EngineError, match="not where that of another instance was"):
         quirks.Unicorn(mmap.mmap(-1, 1 << 20))
 
 
@@ -108,6 +115,22 @@ def test_the_state_in_place_is_the_state_the_api_shows(machine):
     assert unicorn.uc.reg_read(x86_const.UC_X86_REG_RAX) == 0x1122_3344_5566_7788
     unicorn.uc.reg_write(x86_const.UC_X86_REG_R15, 99)
     assert unicorn.words[15] == 99
+
+
+def test_cpuid_is_answered_with_the_common_processor(machine):
+    uc = bare(code="0fa2 90")
+    uc.reg_write(x86_const.UC_X86_REG_RAX, 1)
+    uc.emu_start(0x1000, 0x1002)
+    assert uc.reg_read(x86_const.UC_X86_REG_RAX) != cpuid.answer(1)[0]     # QEMU's own
+    machine.run("66b801000000 0fa2 f4")
+    gpr = machine.cpu.get_gpr()
+    assert (gpr[RAX], gpr[RBX], gpr[RCX], gpr[RDX]) == cpuid.answer(1)
+
+
+def test_the_x87_stack_begins_empty(machine):
+    assert bare().reg_read(x86_const.UC_X86_REG_FPTAG) != 0xFFFF           # all in use
+    assert machine.cpu.get_whole().fpu == Fpu()
+    assert machine.cpu._unicorn.uc.reg_read(x86_const.UC_X86_REG_FPTAG) == 0xFFFF
 
 
 @pytest.mark.parametrize("ring", [0, 3])

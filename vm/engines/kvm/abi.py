@@ -15,9 +15,9 @@ import enum
 from typing import Final
 
 __all__ = [
-    "API_VERSION", "CPUID_ENTRIES_MAX", "IOCTLS", "RUN_OFFSETS", "CpuidEntry", "CpuidHeader",
-    "ExitCode", "InternalError", "IoDirection", "Registers", "SegmentAbi", "SpecialRegisters",
-    "TableAbi", "UserMemoryRegion",
+    "API_VERSION", "CPUID_ENTRIES_MAX", "IOCTLS", "RUN_OFFSETS", "CpuidEntry", "CpuidHeader", "DebugRegisters",
+    "Events", "ExitCode", "InternalError", "IoDirection", "MsrEntry", "MsrHeader", "Registers", "SegmentAbi",
+    "SpecialRegisters", "TableAbi", "UserMemoryRegion", "Xsave",
 ]
 
 API_VERSION: Final = 12
@@ -40,8 +40,17 @@ IOCTLS: Final = {
     "KVM_SET_SREGS": 0x4138AE84,
     "KVM_SET_CPUID2": 0x4008AE90,
     "KVM_INTERRUPT": 0x4004AE86,
+    "KVM_GET_MSRS": 0xC008AE88,
+    "KVM_SET_MSRS": 0x4008AE89,
+    "KVM_GET_VCPU_EVENTS": 0x8040AE9F,
+    "KVM_SET_VCPU_EVENTS": 0x4040AEA0,
+    "KVM_GET_DEBUGREGS": 0x8080AEA1,
+    "KVM_SET_DEBUGREGS": 0x4080AEA2,
+    "KVM_GET_XSAVE": 0x9000AEA4,
+    "KVM_SET_XSAVE": 0x5000AEA5,
 }
 
+CAP_XSAVE: Final = 55
 CAP_SYNC_REGS: Final = 74
 SYNC_REGISTERS: Final = 1 | 2        # KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 CAP_IMMEDIATE_EXIT: Final = 136
@@ -188,4 +197,76 @@ class CpuidHeader(ctypes.Structure):
         ("nent", ctypes.c_uint32),
         ("padding", ctypes.c_uint32),
         ("entries", CpuidEntry * CPUID_ENTRIES_MAX),
+    )
+
+
+class MsrEntry(ctypes.Structure):
+    """struct kvm_msr_entry."""
+
+    _fields_ = (("index", ctypes.c_uint32), ("reserved", ctypes.c_uint32), ("data", ctypes.c_uint64))
+
+
+MSR_ENTRIES_MAX: Final = 32
+
+
+class MsrHeader(ctypes.Structure):
+    """struct kvm_msrs with room for as many as we ask for."""
+
+    _fields_ = (
+        ("nmsrs", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("entries", MsrEntry * MSR_ENTRIES_MAX),
+    )
+
+
+class DebugRegisters(ctypes.Structure):
+    """struct kvm_debugregs."""
+
+    _fields_ = (
+        ("db", ctypes.c_uint64 * 4),
+        ("dr6", ctypes.c_uint64),
+        ("dr7", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("reserved", ctypes.c_uint64 * 9),
+    )
+
+
+class Xsave(ctypes.Structure):
+    """struct kvm_xsave: the legacy area of FXSAVE, then the header, of which the first word says what is in use."""
+
+    _fields_ = (("region", ctypes.c_uint32 * 1024),)
+
+
+EVENT_SHADOW: Final = 4              # KVM_VCPUEVENT_VALID_SHADOW
+SHADOW_MOV_SS, SHADOW_STI = 1, 2     # KVM_X86_SHADOW_INT_MOV_SS, _STI
+
+
+class _Exception(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_uint8) for name in ("injected", "nr", "has_error_code", "pending")),
+                ("error_code", ctypes.c_uint32))
+
+
+class _Interrupt(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint8) for name in ("injected", "nr", "soft", "shadow"))
+
+
+class _Nmi(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint8) for name in ("injected", "pending", "masked", "pad"))
+
+
+class _Smi(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint8) for name in ("smm", "pending", "smm_inside_nmi", "latched_init"))
+
+
+class Events(ctypes.Structure):
+    """struct kvm_vcpu_events, as far as we read it."""
+
+    _fields_ = (
+        ("exception", _Exception),
+        ("interrupt", _Interrupt),
+        ("nmi", _Nmi),
+        ("sipi_vector", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("smi", _Smi),
+        ("rest", ctypes.c_uint8 * 36),
     )

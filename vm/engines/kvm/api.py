@@ -45,11 +45,14 @@ def _call(fd: int, name: str, argument: int = 0) -> int:
 
 
 class Kvm:
-    """/dev/kvm. Raises `HostLimit` when it is missing, forbidden or of another version."""
+    """/dev/kvm. Raises `HostLimit` when it is missing, forbidden or of another version.
 
-    def __init__(self, device: str = DEVICE) -> None:
+    *fd*: where it has been opened already, by somebody who may; it is closed with this.
+    """
+
+    def __init__(self, device: str = DEVICE, fd: int | None = None) -> None:
         try:
-            self.fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+            self.fd = os.open(device, os.O_RDWR | os.O_CLOEXEC) if fd is None else fd
         except FileNotFoundError as error:
             raise HostLimit(
                 f"{device} does not exist: this host offers no hardware virtualization (no"
@@ -153,6 +156,53 @@ class Vcpu:
 
     def set_special(self, values: abi.SpecialRegisters) -> None:
         _call(self.fd, "KVM_SET_SREGS", ctypes.addressof(values))
+
+    def get_msrs(self, indices: list[int]) -> list[int]:
+        """Raises OSError naming the first that KVM does not have."""
+        table = self._msrs(indices, [0] * len(indices))
+        self._all(indices, _call(self.fd, "KVM_GET_MSRS", ctypes.addressof(table)))
+        return [table.entries[at].data for at in range(len(indices))]
+
+    def set_msrs(self, values: dict[int, int]) -> None:
+        """Raises OSError naming the first that KVM refuses."""
+        table = self._msrs(list(values), list(values.values()))
+        self._all(list(values), _call(self.fd, "KVM_SET_MSRS", ctypes.addressof(table)))
+
+    @staticmethod
+    def _msrs(indices: list[int], values: list[int]) -> abi.MsrHeader:
+        table = abi.MsrHeader(nmsrs=len(indices))
+        for at, (index, value) in enumerate(zip(indices, values, strict=True)):
+            table.entries[at].index, table.entries[at].data = index, value
+        return table
+
+    @staticmethod
+    def _all(indices: list[int], done: int) -> None:
+        if done != len(indices):
+            raise OSError(errno.EINVAL, f"KVM has no such value of MSR {indices[done]:#x}")
+
+    def get_events(self) -> abi.Events:
+        values = abi.Events()
+        _call(self.fd, "KVM_GET_VCPU_EVENTS", ctypes.addressof(values))
+        return values
+
+    def set_events(self, values: abi.Events) -> None:
+        _call(self.fd, "KVM_SET_VCPU_EVENTS", ctypes.addressof(values))
+
+    def get_debug(self) -> abi.DebugRegisters:
+        values = abi.DebugRegisters()
+        _call(self.fd, "KVM_GET_DEBUGREGS", ctypes.addressof(values))
+        return values
+
+    def set_debug(self, values: abi.DebugRegisters) -> None:
+        _call(self.fd, "KVM_SET_DEBUGREGS", ctypes.addressof(values))
+
+    def get_xsave(self) -> abi.Xsave:
+        values = abi.Xsave()
+        _call(self.fd, "KVM_GET_XSAVE", ctypes.addressof(values))
+        return values
+
+    def set_xsave(self, values: abi.Xsave) -> None:
+        _call(self.fd, "KVM_SET_XSAVE", ctypes.addressof(values))
 
     def close(self) -> None:
         self.page.close()

@@ -33,20 +33,26 @@ import struct
 from typing import Final
 
 from ...code import decode
-from .. import kick
+from .. import cpuid, kick
 from ..base import (
+    MSRS,
     Bus,
     CpuState,
     DescriptorTable,
     EngineError,
+    Event,
     Exit,
     ExitKind,
     ExitReason,
+    Fpu,
     HostLimit,
     Segment,
     Watch,
+    WholeState,
     nobody,
 )
+from ..portable import canonical
+from ..tsc import read_tsc
 from . import abi
 from .api import Kvm, Vcpu, Vm, address_of
 from .errors import is_busy, refusal
@@ -72,15 +78,32 @@ _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _INTERRUPT_FLAG: Final = 0x200
 
 
-def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> KvmCpu:
-    """A vCPU over *memory*. Raises HostLimit where /dev/kvm cannot be used."""
-    return KvmCpu(memory, bus, exits)
+_TSC: Final = 0x10
+_XSTATE: Final = 512                     # offset of XSTATE_BV in the area of XSAVE
+_X87_AND_SSE: Final = 3
+_FXSAVE: Final = struct.Struct("<HHBxHQQI4x")
+
+
+def create(memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = None) -> KvmCpu:
+    """A vCPU over *memory*. Raises HostLimit where /dev/kvm cannot be used.
+
+    *device*: /dev/kvm where somebody else has opened it; it is closed by this, also in case of an error.
+    """
+    return KvmCpu(memory, bus, exits, device)
 
 
 class KvmCpu:
     stops_at = "instruction"
 
-    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
+    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = None) -> None:
+        self._kvm = Kvm(fd=device)
+        try:
+            self._build(memory, bus, exits)
+        except BaseException:
+            self._kvm.close()
+            raise
+
+    def _build(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
         if len(memory) > MEMORY_MAX or len(memory) % mmap.PAGESIZE:
             raise EngineError(
                 f"memory of {len(memory)} bytes: the kvm engine takes whole pages up to"
@@ -90,7 +113,7 @@ class KvmCpu:
         self._exits = exits
         self.watch: Watch = nobody
         self._closed = False
-        self._kvm = Kvm()
+        self._halted = False                    # HLT is done and not reported: told by another engine
         try:
             if not self._kvm.has(abi.CAP_IMMEDIATE_EXIT):
                 raise HostLimit("this host's KVM has no KVM_CAP_IMMEDIATE_EXIT (Linux 4.11 has it)")
@@ -99,7 +122,9 @@ class KvmCpu:
             self._vm.set_tss_address(TSS_ADDRESS)
             self._vm.set_memory(0, 0, memory)
             self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
-            self._vcpu.set_cpuid(self._kvm.supported_cpuid())
+            self._vcpu.set_cpuid(_processor(self._kvm.supported_cpuid()))
+            # As Unicorn has it, and so far from KVM's own zero that it is not taken for a slip of synchronisation.
+            self._vcpu.set_msrs({_TSC: read_tsc()})
             self._synced = self._kvm.has(abi.CAP_SYNC_REGS) & abi.SYNC_REGISTERS == abi.SYNC_REGISTERS
         except OSError as error:
             raise HostLimit(refusal(error), busy=is_busy(error)) from error
@@ -121,6 +146,11 @@ class KvmCpu:
 
     def run(self) -> Exit:
         page, vcpu, exits = self._page, self._vcpu, self._exits
+        if self._halted:
+            self._halted = False
+            interrupts_on = bool(self.get_gpr()[17] & _INTERRUPT_FLAG)
+            if not (self._wanted and interrupts_on):
+                return self._halt(interrupts_on)
         while True:
             if self._wanted and page[_READY] and not page[_IMMEDIATE_EXIT]:
                 exits[ExitKind.INTERRUPT] += 1
@@ -141,12 +171,14 @@ class KvmCpu:
             elif reason == abi.ExitCode.HLT:
                 if self._wanted and page[_READY]:
                     continue
-                exits[ExitKind.HALT] += 1
-                self.watch(ExitKind.HALT, behind=True)
-                return Exit(ExitReason.HALTED,
-                            interrupts_on=bool(self.get_gpr()[17] & _INTERRUPT_FLAG))
+                return self._halt(bool(self.get_gpr()[17] & _INTERRUPT_FLAG))
             else:
                 return self._end(struct.unpack_from("<I", page, _EXIT_REASON)[0])
+
+    def _halt(self, interrupts_on: bool) -> Exit:
+        self._exits[ExitKind.HALT] += 1
+        self.watch(ExitKind.HALT, behind=True)
+        return Exit(ExitReason.HALTED, interrupts_on=interrupts_on)
 
     def _left(self) -> Exit:
         page = self._page
@@ -286,8 +318,16 @@ class KvmCpu:
         )
 
     def set_state(self, state: CpuState) -> None:
+        try:
+            self._set_registers(canonical(state))
+            self._vcpu.set_events(abi.Events(flags=abi.EVENT_SHADOW))
+        except OSError as error:
+            raise EngineError(f"KVM refused the CPU state: {error}") from error
+
+    def _set_registers(self, state: CpuState) -> None:
         special = self._vcpu.get_special()       # keeps the APIC base
         self._page[_READY] = 0                   # of the state before
+        self._halted = False
         for name in _SEGMENTS:
             _set_segment(getattr(special, name), getattr(state, name))
         for name in ("gdt", "idt"):
@@ -295,11 +335,40 @@ class KvmCpu:
             table.base, table.limit = given.base, given.limit
         for name in ("cr0", "cr2", "cr3", "cr4", "efer"):
             setattr(special, name, getattr(state, name))
+        self._vcpu.set_special(special)
+        self.set_gpr(state.gpr)
+
+    def get_whole(self) -> WholeState:
+        """`run` has returned, so no port instruction is half done (see "Leaving" above)."""
+        vcpu = self._vcpu
         try:
-            self._vcpu.set_special(special)
-            self.set_gpr(state.gpr)
+            if vcpu.get_special().cr8:
+                raise EngineError("the guest has set a task priority (CR8), which only a local APIC would heed")
+            debug, msrs = vcpu.get_debug(), vcpu.get_msrs([*MSRS.values(), _TSC])
+            events = vcpu.get_events()
+            return WholeState(
+                registers=canonical(self.get_state()), fpu=_fpu(vcpu.get_xsave()),
+                msrs=dict(zip(MSRS, msrs, strict=False)), debug=[*debug.db, debug.dr6, debug.dr7], tsc=msrs[-1],
+                event=_event(events), shadow=bool(events.interrupt.shadow), halted=self._halted)
+        except OSError as error:
+            raise EngineError(f"KVM did not give the CPU state: {error}") from error
+
+    def set_whole(self, whole: WholeState) -> None:
+        vcpu = self._vcpu
+        debug = abi.DebugRegisters(dr6=whole.debug[4], dr7=whole.debug[5])
+        debug.db[:] = whole.debug[:4]
+        msrs = {MSRS[name]: value for name, value in whole.msrs.items()}
+        if whole.tsc is not None:
+            msrs[_TSC] = whole.tsc
+        try:
+            self._set_registers(canonical(whole.registers))
+            vcpu.set_xsave(_xsave(whole.fpu))
+            vcpu.set_debug(debug)
+            vcpu.set_msrs(msrs)
+            vcpu.set_events(_events(whole))
         except OSError as error:
             raise EngineError(f"KVM refused the CPU state: {error}") from error
+        self._halted = whole.halted
 
     def memory_changed(self, address: int, length: int) -> None:
         """Nothing to do: the hardware (or PVM's emulator) reads memory afresh."""
@@ -327,3 +396,61 @@ def _set_segment(into: abi.SegmentAbi, given: Segment) -> None:
     into.type, into.dpl = given.type, given.dpl
     into.present, into.unusable = given.present, not given.present
     into.db, into.s, into.l, into.g, into.avl = given.db, given.s, given.l, given.g, given.avl
+
+
+def _processor(supported: abi.CpuidHeader) -> abi.CpuidHeader:
+    """The common processor, less what this host's KVM cannot give."""
+    have = {entry.function: entry for entry in supported.entries[:supported.nent] if entry.index == 0}
+    table = abi.CpuidHeader(nent=len(cpuid.leaves()))
+    for entry, (leaf, (eax, ebx, ecx, edx)) in zip(table.entries, cpuid.leaves().items(), strict=False):
+        entry.function, entry.eax, entry.ebx, entry.ecx, entry.edx = leaf, eax, ebx, ecx, edx
+        if leaf in (1, 0x8000_0001) and leaf in have:
+            entry.ecx, entry.edx = ecx & (have[leaf].ecx | 1 << 31), edx & have[leaf].edx
+    return table
+
+
+def _fpu(area: abi.Xsave) -> Fpu:
+    raw = bytes(area)
+    used, = _QUAD(raw, _XSTATE)
+    if used & ~_X87_AND_SSE:
+        raise EngineError(f"the guest uses registers beyond SSE (XSTATE_BV {used:#x}), which cannot be carried")
+    control, status, tags, opcode, instruction, operand, mxcsr = _FXSAVE.unpack_from(raw)
+    return Fpu(
+        control=control, status=status, tags=tags, opcode=opcode, instruction=instruction, operand=operand, mxcsr=mxcsr,
+        st=[int.from_bytes(raw[at:at + 10], "little") for at in range(32, 160, 16)],
+        xmm=[int.from_bytes(raw[at:at + 16], "little") for at in range(160, 416, 16)])
+
+
+def _xsave(fpu: Fpu) -> abi.Xsave:
+    raw = bytearray(ctypes.sizeof(abi.Xsave))
+    _FXSAVE.pack_into(raw, 0, fpu.control, fpu.status, fpu.tags, fpu.opcode, fpu.instruction, fpu.operand, fpu.mxcsr)
+    for index, value in enumerate(fpu.st):
+        raw[32 + 16 * index:42 + 16 * index] = value.to_bytes(10, "little")
+    for index, value in enumerate(fpu.xmm):
+        raw[160 + 16 * index:176 + 16 * index] = value.to_bytes(16, "little")
+    struct.pack_into("<Q", raw, _XSTATE, _X87_AND_SSE)
+    return abi.Xsave.from_buffer(raw)
+
+
+def _event(events: abi.Events) -> Event | None:
+    """INT n on its way is not told by KVM: the guest stands before it and will do it again."""
+    if events.nmi.injected or events.nmi.pending or events.smi.smm or events.smi.pending:
+        raise EngineError("a non-maskable or system management interrupt is on its way, of which a micro-VM has none")
+    exception = events.exception
+    if exception.injected or exception.pending:
+        return Event("exception", exception.nr, exception.error_code if exception.has_error_code else None)
+    return Event("interrupt", events.interrupt.nr) if events.interrupt.injected else None
+
+
+def _events(whole: WholeState) -> abi.Events:
+    events, event = abi.Events(flags=abi.EVENT_SHADOW), whole.event
+    if whole.shadow:
+        # Behind STI is said only with IF set (VT-x checks that).
+        interrupts_on = whole.registers.gpr[17] & _INTERRUPT_FLAG
+        events.interrupt.shadow = abi.SHADOW_STI if interrupts_on else abi.SHADOW_MOV_SS
+    if event is not None and event.kind == "interrupt":
+        events.interrupt.injected, events.interrupt.nr = 1, event.vector
+    elif event is not None:
+        events.exception.injected, events.exception.nr = 1, event.vector
+        events.exception.has_error_code, events.exception.error_code = event.error is not None, event.error or 0
+    return events

@@ -28,9 +28,10 @@ from typing import Final
 from unicorn import unicorn_const, x86_const
 
 from ...code import decode
-from .. import kick
-from ..base import Bus, CpuState, EngineError, Exit, ExitKind, ExitReason, Watch, nobody
+from .. import cpuid, kick
+from ..base import Bus, CpuState, EngineError, Event, Exit, ExitKind, ExitReason, Watch, WholeState, nobody
 from ..paging import PagingMode, paging_mode, read_linear
+from ..tsc import read_tsc
 from .delivery import Delivery, TripleFault, Unsupported
 from .quirks import SEGMENT_SIZE, Native, Unicorn
 from .state import Registers
@@ -50,6 +51,7 @@ _OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ct
                         ctypes.c_void_p)
 _IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int,
                        ctypes.c_void_p)
+_CPUID = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
                          ctypes.c_void_p)
 _WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64,
@@ -74,6 +76,7 @@ class SoftwareCpu:
         self.watch: Watch = nobody
         self._closed = False
         self._stopping = False
+        self._event: Event | None = None       # to be delivered before anything else: told by another engine
         self._halted = False                   # HLT ran in the block in which a stop was asked for
         self._inside = False                   # in a bus call: RIP is not ours to change
         self._pending_in: tuple[int, int] | None = None     # (size, value) of an IN left early
@@ -86,7 +89,8 @@ class SoftwareCpu:
         self._delivery = Delivery(
             memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
         out, read_in = _OUT(self._port_out), _IN(self._port_in)
-        for callback in (out, read_in):
+        told = _CPUID(self._cpuid)
+        for callback in (out, read_in, told):
             unicorn.keep(callback)
         unicorn.hook(unicorn_const.UC_HOOK_BLOCK, native.block(unicorn.eflags, unicorn.hflags))
         unicorn.hook(unicorn_const.UC_HOOK_INTR, native.interrupt())
@@ -100,18 +104,26 @@ class SoftwareCpu:
             assert python is not None
             unicorn.hook(unicorn_const.UC_HOOK_INSN, native.port(python, unicorn.cpu),
                          instruction=instruction)
+        identity = ctypes.cast(told, ctypes.c_void_p).value
+        assert identity is not None
+        unicorn.hook(unicorn_const.UC_HOOK_INSN, identity, instruction=x86_const.UC_X86_INS_CPUID)      # OWN_CPUID
         unicorn.map_hole(len(memory), PHYSICAL_END, _READ(self._mmio_read),
                          _WRITE(self._mmio_write))
         self._kick_addresses = (native.address + native.STOP, native.address + native.KICKED)
         for address in self._kick_addresses:
             kick.register(address)
-        self.set_state(CpuState())
+        self.set_whole(WholeState(tsc=read_tsc()))
 
     # -- running -----------------------------------------------------------------------------
 
     def run(self) -> Exit:
         native, page, unicorn = self._native, self._native.page, self._unicorn
-        if self._halted:
+        if self._event is not None:
+            event, self._event = self._event, None
+            ended = self._through_gate(event.vector, event.error, instruction=False)
+            if ended is not None:
+                return ended
+        elif self._halted:
             ended = self._halt()
             if ended is not None:
                 return ended
@@ -272,6 +284,12 @@ class SoftwareCpu:
         except BaseException as error:  # as above
             self._keep_error(error)
 
+    def _cpuid(self, _uc: int, _user: int) -> int:
+        words = self._unicorn.words
+        # In the order of struct CPUX86State: RAX, RCX, RDX, RBX.
+        words[0], words[3], words[1], words[2] = cpuid.answer(words[0] & 0xFFFF_FFFF)
+        return 1
+
     def _keep_error(self, error: BaseException) -> None:
         self._error = self._error or error
         self.stop()
@@ -338,8 +356,17 @@ class SoftwareCpu:
         return self._registers.get_state()
 
     def set_state(self, state: CpuState) -> None:
-        self._halted = False
+        self._halted, self._event = False, None
         self._registers.set_state(state)
+
+    def get_whole(self) -> WholeState:
+        whole = self._registers.get_whole()
+        whole.halted, whole.event = self._halted, self._event
+        return whole
+
+    def set_whole(self, whole: WholeState) -> None:
+        self._registers.set_whole(whole)
+        self._halted, self._event = whole.halted, whole.event
 
     def memory_changed(self, address: int, length: int) -> None:
         if length > 0:

@@ -32,6 +32,10 @@ HALF_REGISTERS In 16 and 32-bit mode the upper halves of registers read 0. The i
                opened in 64-bit mode and put into real mode in place.
 STALE_CODE     Host writes over code that already ran are not seen: `forget`.
 NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
+OWN_CPUID      CPUID tells of QEMU's processor: a hook answers with that of vm/engines/cpuid.py.
+FULL_STACK     A new instance has every x87 register in use (QEMU does not look, another engine does), and ST(n) cannot
+               be written: the engine begins with FNINIT's state and writes the FPU's fields in place, the control
+               words by the API (which also sets the rounding that follows from them).
 
 Not repaired (the guest sees a difference from a PC): segment limits are not checked, IOPL is not
 checked on IN, the A20 line is always on, unknown MSRs read 0, CR0 takes paging without
@@ -43,11 +47,13 @@ Invariant: one instance belongs to one thread; a second thread on it aborts the 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import mmap
 import os
 import random
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -70,8 +76,11 @@ ENV_ORDER: Final = (
 SEGMENT_SIZE: Final = 24        # struct SegmentCache: u32 selector, u64 base, u32 limit, u32 flags
 _MSRS: Final = {
     "efer": 0xC000_0080, "star": 0xC000_0081, "lstar": 0xC000_0082, "fmask": 0xC000_0084,
-    "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176,
+    "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176, "cstar": 0xC000_0083,
+    "kernel_gs_base": 0xC000_0102, "pat": 0x277,
 }
+XMM_SIZE: Final = 64
+_DR7_RESET: Final = 0x400
 _ENV_SIZE: Final = 0x1600
 CPU_TO_ENV: Final = 35408              # in 2.1.4, for x86-64; checked on every instance
 
@@ -88,9 +97,17 @@ class Layout:
     exception_is_int: int
     old_exception: int
     msrs: dict[str, int]
+    handle_to_cpu: int         # of the pointer to the CPU, in the struct behind the handle
+    fpregs: int                # 8 physical registers of 16 bytes; before them stack top, status, control, tags
+    mxcsr: int
+    xmm: int                   # registers of 64 bytes
+    debug: int                 # DR0 to DR7
+    tsc_offset: int
 
 
+@functools.cache
 def _version() -> str:
+    # Once: a worker behind its sandbox, where it may want this engine, reads no files.
     return importlib.metadata.version("unicorn")
 
 
@@ -219,10 +236,11 @@ class Unicorn:
         _check(_lib.uc_mem_map_ptr(self.handle, 0, len(memory), unicorn_const.UC_PROT_ALL,
                                    ctypes.c_void_p(base)), "map guest memory")
         self.uc.ctl_exits_enabled(True)                               # UNTIL_PROBE
-        self.cpu, self.env = _find_cpu(self.uc)
+        layout = found_layout()
+        self.cpu, self.env = _known_cpu(self.uc, layout.handle_to_cpu)
         self.words = (ctypes.c_uint64 * 18).from_address(self.env)    # 16 general, RIP, EFLAGS
         self.bytes = memoryview((ctypes.c_ubyte * _ENV_SIZE).from_address(self.env)).cast("B")
-        self.layout = found_layout()
+        self.layout = layout
         self._keep: list[Any] = []
         self._flags = ctypes.c_uint64()
         self._flags_reference = ctypes.byref(self._flags)
@@ -264,6 +282,12 @@ class Unicorn:
         self._flags.value = value | 2
         _lib.uc_reg_write(self.handle, x86_const.UC_X86_REG_RFLAGS, self._flags_reference)
 
+    def set_control_words(self, x87: int, mxcsr: int) -> None:
+        """By the API: the rounding follows from them."""
+        for register, value in ((x86_const.UC_X86_REG_FPCW, x87), (x86_const.UC_X86_REG_MXCSR, mxcsr)):
+            self._flags.value = value
+            _lib.uc_reg_write(self.handle, register, self._flags_reference)
+
     def error_code(self) -> int:
         return struct.unpack_from("<I", self.bytes, self.layout.error_code)[0]
 
@@ -292,36 +316,58 @@ def _read_self(fd: int, address: int, length: int) -> bytes:
         return b""                      # not mapped: simply not the place we look for
 
 
-def _find_cpu(uc: Any) -> tuple[int, int]:
-    """Addresses of the CPU object and of its CPUX86State.
+def _known_cpu(uc: Any, at: int) -> tuple[int, int]:
+    """As `_find_cpu`, where the pointer's place is known: needs no file, so it works behind a sandbox, too."""
+    handle = uc._uch.value
+    cpu = ctypes.c_uint64.from_address(handle + at).value
+    env = cpu + CPU_TO_ENV
+    planted = _plant_registers(uc)
+    if ctypes.string_at(env, len(planted)) != planted:
+        raise _refuse("the CPU state is not where that of another instance was")
+    _clear_registers(uc)
+    return cpu, env
+
+
+def _plant_registers(uc: Any) -> bytes:
+    seed = random.SystemRandom()
+    planted = [seed.getrandbits(64) for _ in ENV_ORDER]
+    for name, value in zip(ENV_ORDER, planted, strict=True):
+        uc.reg_write(getattr(x86_const, f"UC_X86_REG_{name}"), value)
+    return struct.pack("<16Q", *planted)
+
+
+def _clear_registers(uc: Any) -> None:
+    for name in ENV_ORDER:
+        uc.reg_write(getattr(x86_const, f"UC_X86_REG_{name}"), 0)
+
+
+def _find_cpu(uc: Any) -> tuple[int, int, int]:
+    """Addresses of the CPU object and of its CPUX86State, and where behind the handle the pointer to the CPU is.
 
     The handle points to a struct that holds a pointer to the CPU; the CPU holds a pointer back
     to the handle, a pointer to its state, and, at a distance fixed in this version, the state
     itself, which starts with the registers.
     """
-    seed = random.SystemRandom()
-    planted = [seed.getrandbits(64) for _ in ENV_ORDER]
-    for name, value in zip(ENV_ORDER, planted, strict=True):
-        uc.reg_write(getattr(x86_const, f"UC_X86_REG_{name}"), value)
-    pattern = struct.pack("<16Q", *planted)
+    pattern = _plant_registers(uc)
     handle = uc._uch.value
     fd = os.open("/proc/self/mem", os.O_RDONLY)
+    place = 0
     try:
-        for (cpu,) in struct.iter_unpack("<Q", _read_self(fd, handle, 4096)):
+        for index, (cpu,) in enumerate(struct.iter_unpack("<Q", _read_self(fd, handle, 4096))):
             env = cpu + CPU_TO_ENV
             if cpu < 4096 or env >> 47 or cpu & 7 or _read_self(fd, env, 128) != pattern:
                 continue
             body = _read_self(fd, cpu, CPU_TO_ENV)
             words = struct.unpack(f"<{len(body) // 8}Q", body)
             if handle in words and env in words:
+                place = index * 8
                 break
         else:
             raise _refuse("the CPU state was not found behind its handle")
     finally:
         os.close(fd)
-    for name in ENV_ORDER:
-        uc.reg_write(getattr(x86_const, f"UC_X86_REG_{name}"), 0)
-    return cpu, env
+    _clear_registers(uc)
+    return cpu, env, place
 
 
 _found_layout: Layout | None = None
@@ -338,7 +384,7 @@ def found_layout() -> Layout:
 def _find_layout() -> Layout:
     uc: Any = binding.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
     uc.mem_map(0, 0x10000)
-    _, env = _find_cpu(uc)
+    _, env, handle_to_cpu = _find_cpu(uc)
 
     def snapshot() -> bytes:
         return ctypes.string_at(env, _ENV_SIZE)
@@ -386,11 +432,28 @@ def _find_layout() -> Layout:
             ("efer", _MSRS["efer"], 0xD01), ("star", _MSRS["star"], mark + 20),
             ("lstar", _MSRS["lstar"], mark + 21), ("fmask", _MSRS["fmask"], 0x47700),
             ("sysenter_esp", _MSRS["sysenter_esp"], mark + 22),
-            ("sysenter_eip", _MSRS["sysenter_eip"], mark + 23))}
+            ("sysenter_eip", _MSRS["sysenter_eip"], mark + 23), ("cstar", _MSRS["cstar"], mark + 24),
+            ("kernel_gs_base", _MSRS["kernel_gs_base"], mark + 25), ("pat", _MSRS["pat"], 0x0504_0600_0107_0406))}
     msrs["sysenter_cs"] = plant("sysenter_cs", "<I", 0x5A50,
                                 lambda: uc.msr_write(_MSRS["sysenter_cs"], 0x5A50))
-    return Layout(eip=eip, hflags=hflags, segments=segments, control=control, msrs=msrs,
-                  **_find_exception_fields())
+    return Layout(eip=eip, hflags=hflags, segments=segments, control=control, msrs=msrs, handle_to_cpu=handle_to_cpu,
+                  **_find_exception_fields(), **_find_floating_point(uc, env, plant))
+
+
+def _find_floating_point(uc: Any, env: int, plant: Callable[[str, str, int, Any], int]) -> dict[str, int]:
+    """The registers of x87 and SSE, by the API; what lies around them is checked by a program (`_check_by_program`)."""
+    reg = x86_const
+    first, last = (plant(f"x87 register {n}", "<Q", 0xA5A5_0000_1111 + n,
+                         lambda n=n: uc.reg_write(reg.UC_X86_REG_FP0 + n, (0xA5A5_0000_1111 + n, 0x4001)))
+                   for n in (0, 7))
+    xmm, xmm_last = (plant(f"SSE register {n}", "<Q", 0x5A5A_0000_2222 + n,
+                           lambda n=n: uc.reg_write(reg.UC_X86_REG_XMM0 + n, 0x5A5A_0000_2222 + n))
+                     for n in (0, 15))
+    mxcsr = plant("MXCSR", "<I", 0x3F80, lambda: uc.reg_write(reg.UC_X86_REG_MXCSR, 0x3F80))
+    if last - first != 7 * 16 or xmm_last - xmm != 15 * XMM_SIZE:
+        raise _refuse("its x87 or SSE registers lie elsewhere")
+    _check_by_program(uc, env, first)
+    return {"fpregs": first, "xmm": xmm, "mxcsr": mxcsr}
 
 
 def _find_exception_fields() -> dict[str, int]:
@@ -398,7 +461,7 @@ def _find_exception_fields() -> dict[str, int]:
     uc: Any = binding.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
     uc.mem_map(0, 0x10000)
     uc.mem_write(0x1000, bytes.fromhex("66B87800 8EC0 F4"))    # mov ax, 0x78; mov es, ax; hlt
-    _, env = _find_cpu(uc)
+    _, env, _ = _find_cpu(uc)
     before = ctypes.string_at(env, _ENV_SIZE)
     uc.hook_add(unicorn_const.UC_HOOK_INTR, lambda uc, number, _: uc.emu_stop())
     uc.emu_start(0x1000, 0xF000)
@@ -414,5 +477,26 @@ def _find_exception_fields() -> dict[str, int]:
     # int error_code, exception_is_int; u64 exception_next_eip, dr[8]; 4 pointers; int old_exception
     if exceptions[0] - errors[0] != 112:
         raise _refuse("the exception in flight lies elsewhere")
-    return {"error_code": errors[0], "exception_is_int": errors[0] + 4,
-            "old_exception": exceptions[0]}
+    # ... int old_exception; u64 vm_vmcb, tsc_offset. Checked by what RDTSC then reads.
+    places = {"error_code": errors[0], "exception_is_int": errors[0] + 4, "debug": errors[0] + 16,
+              "old_exception": exceptions[0], "tsc_offset": exceptions[0] + 16}
+    if struct.unpack_from("<Q", after, places["debug"] + 56)[0] != _DR7_RESET:
+        raise _refuse("the debug registers lie elsewhere")
+    uc.mem_write(0x2000, bytes.fromhex("0F31 90"))              # rdtsc; nop
+    far = 1 << 60
+    ctypes.c_int64.from_address(env + places["tsc_offset"]).value = far
+    uc.emu_start(0x2000, 0x2002)
+    if not far <= uc.reg_read(x86_const.UC_X86_REG_RDX) << 32 < far + (far >> 1):
+        raise _refuse("the offset of the time-stamp counter lies elsewhere")
+    return places
+
+
+def _check_by_program(uc: Any, env: int, fpregs: int) -> None:
+    """FNINIT, FLD1 must move the stack's top and fill a tag where we take them to be."""
+    uc.mem_write(0x3000, bytes.fromhex("DBE3 D9E8 90"))
+    uc.emu_start(0x3000, 0x3004)
+    top, status, control = struct.unpack_from("<IHH", ctypes.string_at(env + fpregs - 20, 8))
+    tags = ctypes.string_at(env + fpregs - 12, 8)
+    one, = struct.unpack_from("<Q", ctypes.string_at(env + fpregs + 7 * 16, 8))
+    if (top, status & 0x3800, control, one) != (7, 0, 0x37F, 1 << 63) or tags != b"\1" * 7 + b"\0":
+        raise _refuse("the x87 registers are not kept as expected")

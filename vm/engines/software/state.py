@@ -5,6 +5,8 @@ and, beside them, *hidden flags*: the CPL, the widths and the modes, from which 
 chosen.  Whoever changes a segment, CR0, CR4 or EFER in place must recompute the hidden flags
 (`sync`), exactly as QEMU's own `x86_update_hflags` does.
 
+`get_whole` and `set_whole` are the same for all that a guest can hold in a processor (vm/engines/base.py, WholeState).
+
 Invariant: after `sync`, the hidden flags follow from the architectural state alone.
 """
 
@@ -14,8 +16,10 @@ import ctypes
 import struct
 from typing import Final
 
-from ..base import CpuState, DescriptorTable, Segment
-from .quirks import SEGMENT_SIZE, Unicorn
+from ..base import MSRS, CpuState, DescriptorTable, Fpu, Segment, WholeState
+from ..portable import canonical
+from ..tsc import read_tsc
+from .quirks import SEGMENT_SIZE, XMM_SIZE, Unicorn
 
 __all__ = ["SEGMENTS", "Registers", "descriptor_flags", "segment_of"]
 
@@ -62,6 +66,7 @@ class Registers:
         self._segments = layout.segments
         self._control = (ctypes.c_uint64 * 5).from_address(unicorn.env + layout.control)
         self._hidden = ctypes.c_uint32.from_address(unicorn.env + layout.hflags)
+        self._tsc_offset = ctypes.c_int64.from_address(unicorn.env + layout.tsc_offset)
         self._efer = ctypes.c_uint64.from_address(unicorn.env + layout.msrs["efer"])
 
     def general(self) -> list[int]:
@@ -132,6 +137,63 @@ class Registers:
             if not plain or self.base("ds") | self.base("es") | ss_base:
                 hidden |= _HF_ADDSEG
         self._hidden.value = hidden
+
+    # -- all of it ---------------------------------------------------------------------------
+
+    def get_whole(self) -> WholeState:
+        layout = self._unicorn.layout
+        return WholeState(
+            registers=canonical(self.get_state()), fpu=self._get_fpu(), msrs={name: self.msr(name) for name in MSRS},
+            debug=[*struct.unpack_from("<4Q16x2Q", self._bytes, layout.debug)],
+            tsc=read_tsc() + self._tsc_offset.value & (1 << 64) - 1,
+            shadow=bool(self._hidden.value & _HF_INHIBIT))
+
+    def set_whole(self, whole: WholeState) -> None:
+        layout = self._unicorn.layout
+        for name, value in whole.msrs.items():
+            struct.pack_into("<I" if name == "sysenter_cs" else "<Q", self._bytes, layout.msrs[name],
+                             value & 0xFFFF_FFFF if name == "sysenter_cs" else value)
+        struct.pack_into("<4Q16x2Q", self._bytes, layout.debug, *whole.debug)
+        if whole.tsc is not None:
+            # The difference of two 64-bit counters, as a signed number.
+            self._tsc_offset.value = ctypes.c_int64(whole.tsc - read_tsc()).value
+        self._set_fpu(whole.fpu)
+        self.set_state(canonical(whole.registers))
+        if whole.shadow:
+            self._hidden.value |= _HF_INHIBIT
+
+    # x87's stack: physical registers, of which `top` is ST(0); before them u32 top, u16 status without it, u16 control,
+    # 8 bytes of tags (1: empty); behind them u16 opcode, u16 CS, u16 DS, u64 instruction and operand.
+
+    def _get_fpu(self) -> Fpu:
+        at = self._unicorn.layout.fpregs
+        top, status, control = struct.unpack_from("<IHH", self._bytes, at - 20)
+        tags = self._bytes[at - 12:at - 4]
+        opcode, instruction, operand = struct.unpack_from("<H6xQQ", self._bytes, at + 128)
+        words = [self._number(at + 16 * (top + n & 7), 10) for n in range(8)]
+        xmm = self._unicorn.layout.xmm
+        return Fpu(
+            control=control, status=status & ~0x3800 | top << 11, tags=sum(1 << n for n in range(8) if not tags[n]),
+            opcode=opcode, instruction=instruction, operand=operand, st=words,
+            xmm=[self._number(xmm + XMM_SIZE * n, 16) for n in range(16)],
+            mxcsr=struct.unpack_from("<I", self._bytes, self._unicorn.layout.mxcsr)[0])
+
+    def _number(self, at: int, length: int) -> int:
+        return int.from_bytes(self._bytes[at:at + length], "little")
+
+    def _set_fpu(self, fpu: Fpu) -> None:
+        at, view = self._unicorn.layout.fpregs, self._bytes
+        top = fpu.status >> 11 & 7
+        self._unicorn.set_control_words(fpu.control, fpu.mxcsr)
+        struct.pack_into("<IH", view, at - 20, top, fpu.status & ~0x3800)
+        view[at - 12:at - 4] = bytes(not fpu.tags >> n & 1 for n in range(8))
+        struct.pack_into("<H6xQQ", view, at + 128, fpu.opcode, fpu.instruction, fpu.operand)
+        for n, value in enumerate(fpu.st):
+            place = at + 16 * (top + n & 7)
+            view[place:place + 10] = value.to_bytes(10, "little")
+        xmm = self._unicorn.layout.xmm
+        for n, value in enumerate(fpu.xmm):
+            view[xmm + XMM_SIZE * n:xmm + XMM_SIZE * n + 16] = value.to_bytes(16, "little")
 
     def get_state(self) -> CpuState:
         state = CpuState(gpr=self.general())
