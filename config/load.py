@@ -16,6 +16,7 @@ Poor at: TOML that does not parse has one problem, the first that tomli meets.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Any, Final, cast
 import tomli
 from pydantic import BaseModel, ValidationError
 
+from .disks import disk_findings
 from .locate import Place, locate
 from .model import (
     BASE_CONTEXT,
@@ -35,6 +37,7 @@ from .model import (
     TAG_PREFIX,
     Config,
     DiskBoot,
+    DiskConfig,
     FlatBoot,
     GuestBoot,
     HostConfig,
@@ -271,6 +274,7 @@ class _Checker(TableChecker):
         yield from image_findings(vms, {
             index: look_at(vm.boot.image) for index, vm in vms.items()
             if vm.boot.image is not None})
+        yield from disk_findings(vms, look_at)
 
     def rests_on_a_fault(self, finding: Finding) -> bool:
         if finding.at[0] != "vm" or len(finding.at) < 3:
@@ -324,7 +328,7 @@ def look_at(image: Path) -> ImageFacts:
         if not stat.S_ISREG(status.st_mode):
             return ImageFacts("special")           # opening a FIFO would wait for ever
         with image.open("rb"):
-            return ImageFacts("file", status.st_size)
+            return ImageFacts("file", status.st_size, writable=os.access(image, os.W_OK))
     except (FileNotFoundError, NotADirectoryError):
         return ImageFacts("missing")
     except OSError as error:
@@ -346,6 +350,8 @@ def _finding(at: Place, model: type[BaseModel], detail: Mapping[str, Any]) -> Fi
     for part in parts:
         if isinstance(part, str) and part.startswith(TAG_PREFIX):
             model = _BOOTS[part.removeprefix(TAG_PREFIX)]
+    if len(parts) > 2 and parts[0] == "disks":
+        model = DiskConfig
     way = tuple(part for part in parts
                 if not (isinstance(part, str) and part.startswith(TAG_PREFIX)))
     place = (*at, *way)

@@ -14,8 +14,8 @@ has it, cap and reservation in percent of one host CPU as Xen has them.
 Units.  Sizes are bytes ("16M", "640K", "1G" are binary multiples), `_us` microseconds, `cap`
 and `reservation` percent of one host CPU, addresses guest-physical.
 
-Poor at: boot is one source of bytes (a disk, a flat image, a built-in guest); a machine with
-two disks or a network has no words here yet.
+Poor at: boot is one source of bytes (a disk, a flat image, a built-in guest); a network has no
+words here yet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -46,11 +46,30 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 __all__ = [
-    "ARCHITECTURES", "BASE_CONTEXT", "GUESTS", "LISTEN_ALLOWED", "PROGRESS_DEFAULT", "Between",
-    "BootConfig", "Config", "DiskBoot", "FlatBoot", "GuestBoot", "GuestInfo", "HostConfig",
+    "ARCHITECTURES",
+    "BASE_CONTEXT",
+    "FLOPPY_MAX_BYTES",
+    "GUESTS",
+    "LISTEN_ALLOWED",
+    "PROGRESS_DEFAULT",
+    "Between",
+    "BootConfig",
+    "Config",
+    "DiskBoot",
+    "DiskConfig",
+    "FlatBoot",
+    "GuestBoot",
+    "GuestInfo",
+    "HostConfig",
     "MetricsConfig",
-    "SchedulerConfig", "VmConfig", "format_cpus", "format_size", "parse_cpus", "parse_size",
-    "usable_cpus", "vm_cpus",
+    "SchedulerConfig",
+    "VmConfig",
+    "format_cpus",
+    "format_size",
+    "parse_cpus",
+    "parse_size",
+    "usable_cpus",
+    "vm_cpus",
 ]
 
 KIB: Final = 1024
@@ -61,6 +80,7 @@ PROGRESS_DEFAULT: Final = 0x20000      # where every built-in guest keeps its pr
 WORKING_SET_DEFAULT: Final = 256 * KIB
 WORKING_SET_MAX: Final = GIB
 PAGE_BYTES: Final = 4096
+FLOPPY_MAX_BYTES: Final = 2880 * KIB   # a larger image is a hard disk
 MEMORY_MIN_BYTES: Final = 64 * KIB
 MEMORY_MAX_BYTES: Final = 1024 * GIB
 CPU_MAX: Final = 8191                  # CONFIG_NR_CPUS of the largest kernels in use
@@ -278,15 +298,43 @@ FilePath = Annotated[Path, BeforeValidator(_not_empty),
 
 # ---- boot -----------------------------------------------------------------------------------
 
-class DiskBoot(_Table):
-    """Boot from a disk image through its boot sector and the small BIOS."""
+class _Disk(_Table):
+    """An image in a drive."""
 
-    disk: FilePath = Field(description="Disk image to boot from, relative to this file.")
+    disk: FilePath = Field(description="Disk image, relative to this file.")
+    writable: Literal["no", "overlay", "yes"] = Field(
+        default="no",
+        description="Where writes go: no (write-protected), overlay (the image stays as it is) or yes (into the "
+                    "image).")
+    overlay: FilePath | None = Field(
+        default=None,
+        description="File that keeps what was written, relative to this file, made when it is not there. Default: "
+                    "what was written is discarded when the VM ends.")
+    type: Literal["auto", "floppy", "hard"] = Field(
+        default="auto", description="Kind of drive. auto: a floppy up to 2880K, else a hard disk.")
 
-    @field_validator("disk")
+    @field_validator("disk", "overlay")
     @classmethod
-    def _locate(cls, value: Path, info: ValidationInfo) -> Path:
-        return _located(value, info)
+    def _locate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return None if value is None else _located(value, info)
+
+    @model_validator(mode="after")
+    def _overlay_used(self) -> Self:
+        if self.overlay is not None and self.writable != "overlay":
+            raise _refuse('overlay = "FILE" only with writable = "overlay"')
+        return self
+
+    def is_floppy(self, size_bytes: int) -> bool:
+        """Which kind of drive an image of this size gets."""
+        return size_bytes <= FLOPPY_MAX_BYTES if self.type == "auto" else self.type == "floppy"
+
+
+class DiskConfig(_Disk):
+    """A disk beside the one that the VM boots from."""
+
+
+class DiskBoot(_Disk):
+    """Boot from a disk image through its boot sector and the small BIOS."""
 
     @property
     def kind(self) -> Literal["disk"]:
@@ -434,6 +482,10 @@ class VmConfig(_Table):
         default=16 * MIB, validate_default=True,
         description='Guest memory, such as "16M" or "640K": whole pages of 4K, at least 64K.')
     boot: BootConfig = Field(description="What runs: " + BOOT_ALLOWED + ".")
+    disks: tuple[DiskConfig, ...] = Field(
+        default=(),
+        description="Disks beside the one that it boots from, as boot = { disk = ... } describes one. Floppies are A: "
+                    "and B:, hard disks the first and second, the boot disk before others of its kind.")
     weight: Annotated[Whole, Between(1, 10_000)] = Field(
         default=100, description="Share of the CPUs beside other VMs; twice the weight, twice the "
                                  "time.")
@@ -501,6 +553,11 @@ class VmConfig(_Table):
         elif "flat" in source and source.get("bits", 16) in (16, 32, 64):
             table.setdefault("bits", source.get("bits", 16))
         return table
+
+    @property
+    def drives(self) -> tuple[DiskBoot | DiskConfig, ...]:
+        """Every disk of the VM, the one that it boots from first."""
+        return (self.boot, *self.disks) if isinstance(self.boot, DiskBoot) else ()
 
     @property
     def console_kind(self) -> Literal["text", "serial", "none"]:

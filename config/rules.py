@@ -49,6 +49,7 @@ class ImageFacts:
     state: Literal["file", "missing", "directory", "special", "unreadable"]
     size_bytes: int = 0
     detail: str = ""               # of "unreadable": what the system said
+    writable: bool = False         # by this user
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,8 @@ def configuration() -> str:
     schema = json_schema()
     definitions = schema["$defs"]
     titles = {"HostConfig": "[host]", "SchedulerConfig": "[scheduler]", "MetricsConfig": "[metrics]",
-              "VmConfig": "[[vm]]", "DiskBoot": "boot = { disk = ... }", "FlatBoot": "boot = { flat = ... }",
+              "VmConfig": "[[vm]]", "DiskBoot": "boot = { disk = ... }",
+              "DiskConfig": "disks = [{ disk = ... }]", "FlatBoot": "boot = { flat = ... }",
               "GuestBoot": "boot = { guest = ... }"}
     lines: list[str] = []
     for name, title in titles.items():

@@ -1,6 +1,6 @@
 """One worker process of one VM: made, talked to, ended; nothing of it outlives `close`.
 
-Owns the descriptors (guest memory, status page, control socket, image) and the read-only page
+Owns the descriptors (guest memory, status page, control socket, images) and the read-only page
 with the guest's progress counter, the only guest memory that the supervisor maps. The child gets
 copies; the memory itself is freed by the kernel when the last of both is gone.
 
@@ -16,9 +16,8 @@ import os
 import random
 import signal
 import socket
-import stat
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Final
 
 import trio
@@ -27,6 +26,7 @@ from ..vm.worker.protocol import Ending, WorkerSpec
 from ..vm.worker.status import STATUS_SIZE, StatusPage
 from .backend import ServiceError
 from .children import Child, Zygote
+from .images import Images
 from .link import Nonsense, WorkerLink, harmless, parse_ending
 
 __all__ = ["Incarnation", "StartFailed"]
@@ -42,10 +42,11 @@ class StartFailed(ServiceError):
 
 
 class Incarnation:
-    """A worker process and what belongs to it. Made by `launch`."""
+    """A worker process and what belongs to it, `images` included. Made by `launch`."""
 
-    def __init__(self, spec: WorkerSpec, image: Path | None, progress: int | None) -> None:
-        self.spec = spec
+    def __init__(self, spec: WorkerSpec, images: Images, progress: int | None) -> None:
+        self.spec = replace(spec, disks=images.disks)
+        self.images = images
         self.ending: Ending | None = None
         self.legacy: dict[str, dict[str, Any]] = {}   # `screen` and `serial` of a guest that has ended
         self.ended = trio.Event()          # the worker said how its guest ended, or is gone
@@ -58,7 +59,6 @@ class Incarnation:
         self.child: Child | None = None
         self.link: WorkerLink | None = None
         try:
-            self._image_fd = self._own(_open_image(image)) if image is not None else None
             self.memory_fd = self._own(_sealed_memory(f"mixvisor:{spec.name}", spec.memory_bytes))
             self.status_fd = self._own(_sealed_memory(f"mixvisor-status:{spec.name}", STATUS_SIZE))
             self._progress_at = 0
@@ -81,9 +81,7 @@ class Incarnation:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                fds = [theirs.fileno(), self.memory_fd, self.status_fd]
-                if self._image_fd is not None:
-                    fds.append(self._image_fd)
+                fds = [theirs.fileno(), self.memory_fd, self.status_fd, *self.images.fds]
                 child = await zygote.spawn(
                     "worker", self.spec.to_json(), fds, title=f"mixvisor:{self.spec.name}")
             except BaseException:
@@ -198,6 +196,7 @@ class Incarnation:
         self._release()
 
     def _release(self) -> None:
+        self.images.close()                        # and the locks with them, once the worker is gone too
         if self._progress_page is not None:
             self._progress_words.release()
             self._progress_page.close()
@@ -223,15 +222,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"                 # real-time signals have no names of their own
-
-
-def _open_image(path: Path) -> int:
-    """The image, read-only. Checked again here: the file may have changed since the check."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise StartFailed(f"the boot image {path} cannot be opened: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise StartFailed(f"the boot image {path} is not a regular file")
-    return fd

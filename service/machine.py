@@ -14,6 +14,8 @@ with a reason; no exception leaves `_lives`.
 from __future__ import annotations
 
 import base64
+import errno
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -30,9 +32,11 @@ from ..sched.supervisor import AdmissionRefused, Scheduler, VcpuThread
 from ..vm.engines.base import EXIT_KINDS
 from ..vm.lifecycle import ENDED, IllegalMove, Phase, Signal, decide_restart, move
 from ..vm.modes import ModeDecision
+from ..vm.worker.devices.disk import DAMAGED
 from ..vm.worker.protocol import Ending, WorkerSpec
 from .backend import Conflict, ServiceError, Unusable
 from .children import Zygote
+from .images import open_images
 from .incarnation import Incarnation
 from .link import WorkerLink, harmless_screen
 from .reports import SHAPES, checked
@@ -47,6 +51,7 @@ log = structlog.get_logger("mixvisor")
 STOP_SECONDS: Final = 3.0        # a guest that has not ended by then is killed
 BURY_SECONDS: Final = 5.0        # from SIGKILL to the end of the process
 SERIAL_SECONDS: Final = 0.5
+DISK_SECONDS: Final = 0.5
 OPERATIONS: Final = frozenset({"screen", "keys", "serial", "serial-input", "registers", "calls", "why", *SHAPES})
 
 
@@ -323,7 +328,9 @@ class Machine:
         rivals = self._context.rivals if self.decision.mode == "hardware" else None
         if rivals is not None:
             await rivals.admit(self.name)
-        one = Incarnation(self.spec, self.config.boot.image, self.config.progress)
+        images = (await trio.to_thread.run_sync(open_images, self.config) if self.config.drives
+                  else open_images(self.config))
+        one = Incarnation(self.spec, images, self.config.progress)
         try:
             await one.launch(self._context.zygote)
             self._live_one, self._logged = one, 0
@@ -332,6 +339,8 @@ class Machine:
                 nursery.start_soon(self._obey, one, life)
                 if self._log is not None:
                     nursery.start_soon(self._keep_log, one)
+                if images.disks:
+                    nursery.start_soon(self._watch_disks, one)
                 await one.watch()
                 nursery.cancel_scope.cancel()
         finally:
@@ -477,6 +486,29 @@ class Machine:
             self._context.board.put(code, "warning", complaint, "free some space on that disk", (self.name,))
         elif not to.failing:
             self._context.board.clear(code)
+
+    # -- disks ----------------------------------------------------------------------------
+
+    async def _watch_disks(self, one: Incarnation) -> None:
+        """Tell the operator when the host cannot do what the guest's disks need."""
+        code, told = f"disk-failed:{self.name}", 0
+        self._context.board.clear(code)
+        while True:
+            await trio.sleep(DISK_SECONDS)
+            failed = {drive: one.status.get(f"{drive}_errors") for drive in one.images.paths}
+            if sum(failed.values()) == told:
+                continue
+            told = sum(failed.values())
+            places = ", ".join(f"{drive} ({one.images.paths[drive]})" for drive, count in failed.items() if count)
+            number = one.status.get("disk_error")
+            why = ("a sector is not what its checksum says" if number == DAMAGED & 0xFFFF_FFFF
+                   else os.strerror(number & 0xFFFF))
+            full = number in (errno.ENOSPC, errno.EDQUOT)
+            self._context.board.put(
+                code, "warning",
+                f"a disk of {self.name} cannot be read or written, and the guest was told so: {places}: {why}",
+                "free some space on that disk" if full else "look at that file and the disk that it is on",
+                (self.name,))
 
     # -- counters -------------------------------------------------------------------------
 

@@ -118,6 +118,12 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
          "Leave one out of `[host] cpus`."),
     Kind("supervisor-priority", "info", "The supervisor may not raise its own priority.",
          "On a full host it may wake late.", "Grant CAP_SYS_NICE (systemd: `AmbientCapabilities=CAP_SYS_NICE`)."),
+    Kind("disk-failed", "warning",
+         "The host could not read or write a disk of a VM (`disk-failed:NAME`): its file system is full, its medium "
+         "fails, or a sector of an overlay is not what its checksum says.",
+         "The guest got an error of the BIOS, as from a PC's disk; what was on the disk before is there still. The "
+         "warning stays until the VM starts again.",
+         "Free some space, or replace the disk; `mixvisor disk info FILE --verify` reads an overlay through."),
     Kind("log-lost", "warning", "A VM's serial log cannot be written (`log-lost:NAME`).",
          "What it says is lost; the VM runs on.",
          "Free some space on that disk."),

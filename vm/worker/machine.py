@@ -32,7 +32,7 @@ and one store, some 200 ns, as against 2 us (software) to 66 us (PVM) for the ex
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,7 +43,7 @@ from .devices import Device, nothing, ones
 from .devices import keyboard as keyboard_device
 from .devices.board import Board
 from .devices.cmos import Cmos
-from .devices.disk import DiskImage
+from .devices.disk import Disk
 from .devices.keyboard import Keyboard
 from .devices.pic import Interrupts
 from .devices.serial import Serial
@@ -78,14 +78,14 @@ class Screen:
 
 
 class Machine:
-    """`count(name, n)` adds to a field of the status page. `disk` brings the BIOS with it.
+    """`count(name, n)` adds to a field of the status page. `disks` bring the BIOS with them; it boots from the first.
 
     `alarm(ns)` is told when `poll` should be called next (monotonic; None: no device needs it).
     """
 
     def __init__(
         self, memory: GuestMemory, clock: Clock, count: Callable[[str, int], None],
-        disk: DiskImage | None = None, alarm: Callable[[int | None], None] = lambda _ns: None,
+        disks: Sequence[Disk] = (), alarm: Callable[[int | None], None] = lambda _ns: None,
     ) -> None:
         self.memory = memory
         self.ending: MachineEnding | None = None
@@ -94,24 +94,25 @@ class Machine:
         self.next_event_ns: int | None = None
         self._seen: tuple[bytes, int] | None = None
         self.serial = Serial(clock, count)
-        self.interrupts = interrupts = Interrupts(self._ask, firmware=disk is not None)
+        self.interrupts = interrupts = Interrupts(self._ask, firmware=bool(disks))
         self.timer = Timer(clock, interrupts, changed=self._schedule,
                            lost=lambda n: count("timer_ticks_lost", n))
         self.keyboard = Keyboard(
             clock, lambda level: interrupts.set(keyboard_device.LINE, level),
             lambda: interrupts.in_service(keyboard_device.LINE), self._schedule, self.end)
         self.vga = Vga(clock)
-        floppy_type = disk.geometry.floppy_type if disk else 0
-        self.cmos = cmos = Cmos(clock, memory.size, floppy_type, interrupts, self._schedule)
+        self.disks = tuple(disks)
+        self.cmos = cmos = Cmos(clock, memory.size, {disk.drive: disk.geometry for disk in disks}, interrupts,
+                                self._schedule)
         interrupts.masking, interrupts.programmed = self.poll, self._schedule
         self._reads: dict[int, Callable[[], int]] = {}
         self._writes: dict[int, Callable[[int], None]] = {}
         self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial,
                     Board(self.serial.put, self.end))
         self.bios: Bios | None = None
-        if disk is not None:
+        if disks:
             self.bios = Bios(memory, clock, vga=self.vga, keyboard=self.keyboard,
-                             serial=self.serial, cmos=cmos, disk=disk, end=self.end, count=count,
+                             serial=self.serial, cmos=cmos, disks=disks, end=self.end, count=count,
                              poll=self.poll, poll_if_due=self._poll_if_due)
             self._reads[BIOS_PORT] = ones
             self._writes[BIOS_PORT] = self._bios_call

@@ -30,7 +30,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -54,7 +54,7 @@ from ..engines.base import (
 from . import sandbox
 from .clock import Clock, HostClock
 from .control import Control
-from .devices.disk import DiskImage
+from .devices.disk import Disk
 from .eyes import Eyes, flatten
 from .machine import Machine
 from .memory import GuestMemory
@@ -97,10 +97,10 @@ class Worker:
 
     def __init__(
         self, spec: WorkerSpec, control: Control, memory: mmap.mmap, status: StatusPage,
-        image_fd: int, clock: Clock | None = None,
+        image_fds: Sequence[int], clock: Clock | None = None,
     ) -> None:
         self._spec, self._control, self._raw, self._status = spec, control, memory, status
-        self._image_fd = image_fd
+        self._image_fds = image_fds
         self._clock = clock or HostClock()
         self._memory = GuestMemory(memory)
         self._paused = spec.started_paused
@@ -115,8 +115,8 @@ class Worker:
             "serial-input": self._serial_input, "registers": lambda _request: self._registers(),
             "calls": self._calls,
         }
-        disk = self._load()
-        self.machine = Machine(self._memory, self._clock, status.add, disk, self._alarm)
+        disks = self._load()
+        self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm)
         try:
             self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits)
         except HostLimit as error:
@@ -126,50 +126,68 @@ class Worker:
         self.machine.attach(self.cpu)
         self.eyes = Eyes(memory, self.cpu, status)
         self._requests |= self.eyes.requests
-        self.cpu.set_state(self._first_state(disk))
+        self.cpu.set_state(self._first_state())
 
     # Building.
 
-    def _load(self) -> DiskImage | None:
-        """Put the image where it belongs; the disk, when the VM boots from one."""
+    def _count(self, name: str, value: int) -> None:
+        self._status.add(name, value)
+        if name.endswith("_errors"):
+            drive = name.removesuffix("_errors")
+            self._status.set("disk_error", next(
+                disk.error for disk in self.machine.disks if disk.name == drive) & 0xFFFF_FFFF)
+
+    def _disks(self) -> list[Disk]:
+        spec, fds = self._spec, list(self._image_fds)
+        if spec.builtin is not None:
+            fds = [os.memfd_create("mixvisor-disk", os.MFD_CLOEXEC)]
+            os.write(fds[0], _builtin(spec.builtin))
+        disks: list[Disk] = []
+        for one in spec.disks or [None]:
+            name = one.name if one else None
+            try:
+                disks.append(Disk(fds.pop(0), name=name, writable=one is not None and one.writable == "yes",
+                                  overlay_fd=fds.pop(0) if one and one.writable == "overlay" else None))
+            except (OSError, ValueError) as error:
+                raise StartFailed("image", f"the disk {name or 'to boot from'} cannot be used: {error}") from error
+        return disks
+
+    def _load(self) -> list[Disk]:
+        """Put the image where it belongs; the disks, when the VM boots from one."""
         spec = self._spec
         if spec.boot == "disk":
             if self._memory.size < BIOS_MEMORY_BYTES:
                 raise StartFailed("memory", f"a VM that boots from a disk needs at least 1 MiB of "
                                             f"memory, it has {self._memory.size} bytes")
-            fd = self._image_fd
-            if spec.builtin is not None:
-                fd = os.memfd_create("mixvisor-disk", os.MFD_CLOEXEC)
-                os.write(fd, _builtin(spec.builtin))
-            try:
-                disk = DiskImage(fd)
-            except (OSError, ValueError) as error:
-                raise StartFailed("image", f"the boot disk cannot be used: {error}") from error
-            self._memory.poke(BOOT_SECTOR, disk.read(0, 1) or b"")
+            disks = self._disks()
+            boot_sector = disks[0].read(0, 1)
+            if not isinstance(boot_sector, bytes):
+                raise StartFailed("image", "the boot sector of the disk to boot from cannot be read")
+            self._memory.poke(BOOT_SECTOR, boot_sector)
         else:
-            disk = None
+            disks = []
             if spec.builtin is not None:
                 image = _builtin(spec.builtin)
             else:
-                size = os.fstat(self._image_fd).st_size
+                size = os.fstat(self._image_fds[0]).st_size
                 if spec.load + size > self._memory.size:
                     raise StartFailed("memory", f"the image of {size} bytes does not fit into"
                                                 f" memory at {spec.load:#x}")
-                image = os.pread(self._image_fd, size, 0)
+                image = os.pread(self._image_fds[0], size, 0)
             if self._memory.poke(spec.load, image) != len(image) or not image:
                 raise StartFailed("memory", f"the image of {len(image)} bytes does not fit into"
                                             f" memory at {spec.load:#x}")
         for address, value in spec.pokes:
             if self._memory.poke(address, value.to_bytes(8, "little")) != 8:
                 raise StartFailed("memory", f"the poke at {address:#x} lies outside memory")
-        return disk
+        return disks
 
-    def _first_state(self, disk: DiskImage | None) -> CpuState:
-        if disk is None:
+    def _first_state(self) -> CpuState:
+        if not self.machine.disks:
             return entry.flat_state(self._raw, self._spec.bits, self._spec.entry)
         state = CpuState()
         state.gpr[RIP] = state.gpr[RSP] = BOOT_SECTOR
-        state.gpr[RDX] = disk.geometry.drive
+        state.gpr[RDX] = self.machine.disks[0].drive
         state.gpr[RAX] = 0xAA55
         state.gpr[RFLAGS] = 0x202                 # a BIOS enters with interrupts on
         return state
@@ -388,7 +406,7 @@ def _sentence(left: Exit) -> str:
 def main(spec: WorkerSpec, fds: list[int]) -> int:
     """Live as the worker of one VM; returns the process' exit code.
 
-    `fds`: control socket, guest memory, status page, image (-1 or missing for a built-in guest).
+    `fds`: control socket, guest memory, status page, and those of the image or the disks (protocol.py).
     Exit codes: 0 ended and told so, 1 could not start and told so, 2 the supervisor is gone.
     """
     # First of all: a kick that comes before its handler would kill us.
@@ -398,7 +416,7 @@ def main(spec: WorkerSpec, fds: list[int]) -> int:
         status = StatusPage(fds[2], writable=True)
         status.set("phase", Phase.STARTING)
         memory = mmap.mmap(fds[1], spec.memory_bytes)
-        worker = Worker(spec, control, memory, status, fds[3] if len(fds) > 3 else -1)
+        worker = Worker(spec, control, memory, status, fds[3:])
     except StartFailed as error:
         return _failed(control, error.code, str(error))
     except Exception as error:
@@ -407,7 +425,8 @@ def main(spec: WorkerSpec, fds: list[int]) -> int:
         return _failed(control, "start",
                        f"the worker could not start ({type(error).__name__}: {error})")
     # Everything is open, mapped and imported: no need for the outside world any more.
-    achieved = sandbox.enter() if spec.sandbox else ["not: anything (switched off)"]
+    largest = max((disk.end_bytes for disk in worker.machine.disks), default=0)
+    achieved = sandbox.enter(largest) if spec.sandbox else ["not: anything (switched off)"]
     control.send({"event": "started", "sandbox": achieved, "engine": spec.engine})
     ending = worker.live()
     status.set("phase", Phase.ENDED)

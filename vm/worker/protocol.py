@@ -34,7 +34,7 @@ import enum
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-__all__ = ["MAX_PACKET", "SERIAL_RING_BYTES", "Ending", "Fate", "WorkerSpec"]
+__all__ = ["MAX_PACKET", "SERIAL_RING_BYTES", "DiskSpec", "Ending", "Fate", "WorkerSpec"]
 
 MAX_PACKET: Final = 128 * 1024
 SERIAL_RING_BYTES: Final = 64 * 1024
@@ -66,16 +66,25 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpec:
+    """A disk of a worker. Its descriptors are the image, and behind it the overlay where it has one."""
+
+    name: str                                 # the drive: a key of vm/disks/geometry.py DRIVES
+    writable: Literal["no", "overlay", "yes"] = "no"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
     """What a worker is started with (JSON), beside these descriptors, in this order:
-    control socket, guest memory memfd, status memfd, image (boot disk or flat image, read-only)
-    or -1 where the image is a built-in guest.
+    control socket, guest memory memfd, status memfd, and then the flat image (read-only; -1 where the image is a
+    built-in guest) or the descriptors of the disks, the one that it boots from first.
     """
 
     name: str
     engine: Literal["kvm", "software"]
     memory_bytes: int
     boot: Literal["flat", "disk"]
+    disks: list[DiskSpec] = field(default_factory=list["DiskSpec"])     # none: one, read-only
     builtin: str | None = None                # name in vm/guests; boots flat, or as a boot sector
     bits: Literal[16, 32, 64] = 16            # flat: the mode the vCPU starts in
     load: int = 0x10000                       # flat: guest-physical address of the first byte
@@ -89,4 +98,5 @@ class WorkerSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> WorkerSpec:
-        return cls(**{**data, "pokes": [tuple(p) for p in data.get("pokes", [])]})
+        return cls(**{**data, "pokes": [tuple(p) for p in data.get("pokes", [])],
+                      "disks": [DiskSpec(**disk) for disk in data.get("disks", [])]})

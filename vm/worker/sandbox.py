@@ -10,8 +10,8 @@ returns what was achieved, in words, and the VM's `started` event carries them:
    thread at run time and aborts in a process that has unshared it;
 3. not dumpable (no core, no ptrace, no /proc/PID/mem even for the same user; schedstat and
    scheduling calls are not affected, which the scheduler needs);
-4. small limits: no core file, no file larger than 1 MiB, few descriptors. Not RLIMIT_AS: Unicorn
-   reserves 1 GiB of addresses. Not fewer than 16 descriptors: poll() refuses more than the limit;
+4. small limits: no core file, no file larger than 1 MiB or than a disk that it may write, few descriptors. Not
+   RLIMIT_AS: Unicorn reserves 1 GiB of addresses. Not fewer than 16 descriptors: poll() refuses more than the limit;
 5. no_new_privs;
 6. a seccomp filter: an allow-list of system calls. Everything else is EPERM (Python survives that
    and reports), a call of another architecture kills. ioctl only with KVM's type byte, clone
@@ -62,7 +62,7 @@ _LD, _JEQ, _JSET, _JGE, _AND, _RET = 0x20, 0x15, 0x45, 0x35, 0x54, 0x06
 ALLOWED: Final = {
     "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9,
     "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
-    "rt_sigreturn": 15, "pread64": 17, "readv": 19, "writev": 20, "sched_yield": 24, "mremap": 25,
+    "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "sched_yield": 24, "mremap": 25,
     "madvise": 28, "nanosleep": 35, "getitimer": 36, "setitimer": 38, "getpid": 39, "sendto": 44,
     "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "exit": 60,
     "gettimeofday": 96, "getrusage": 98, "getuid": 102, "getgid": 104, "geteuid": 107,
@@ -129,9 +129,9 @@ def _not_dumpable() -> str:
     return "not dumpable"
 
 
-def _limits() -> str:
+def _limits(file_bytes: int) -> str:
     # Only downwards: a hard limit that is already smaller stays.
-    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, FILE_BYTES),
+    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, max(FILE_BYTES, file_bytes)),
                        (resource.RLIMIT_NOFILE, OPEN_FILES)):
         _soft, hard = resource.getrlimit(what)
         limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -154,17 +154,20 @@ def _seccomp() -> str:
     return "system call filter"
 
 
-def enter() -> list[str]:
-    """Give up everything that a running guest does not need; for good.
+def enter(file_bytes: int = 0) -> list[str]:
+    """Give up everything that a running guest does not need; for good. No file may grow beyond *file_bytes*.
 
     Returns what was achieved and, as `not: ...`, what the host or the lack of privileges
     denied. Raises nothing: the caller decides whether less than everything will do.
     """
-    steps = [_not_dumpable, _limits, _no_new_privileges]
+    def limits() -> str:
+        return _limits(file_bytes)
+
+    steps = [_not_dumpable, limits, _no_new_privileges]
     achieved: list[str] = []
     if os.geteuid() == 0:
         # Namespaces first (privileged), dumpable again after the change of user, which sets it.
-        steps = [_unshare, _limits, _become_nobody, _not_dumpable, _no_new_privileges]
+        steps = [_unshare, limits, _become_nobody, _not_dumpable, _no_new_privileges]
     else:
         achieved.append("not: user nobody, own namespaces (the service is not root)")
     if platform.machine() == "x86_64":

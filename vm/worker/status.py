@@ -12,9 +12,10 @@ import enum
 import mmap
 from typing import Final
 
+from ..disks.geometry import DRIVES
 from ..engines.base import ExitKind
 
-__all__ = ["EXITS_OFFSET", "FIELDS", "STATUS_SIZE", "Phase", "StatusPage"]
+__all__ = ["DISK_COUNTERS", "EXITS_OFFSET", "FIELDS", "STATUS_SIZE", "Phase", "StatusPage"]
 
 STATUS_SIZE: Final = 4096
 MAGIC: Final = 0x3153_5849_4D56_5831  # layout 1
@@ -28,6 +29,8 @@ class Phase(enum.IntEnum):
     ENDED = 4
 
 
+DISK_COUNTERS: Final = ("read_bytes", "written_bytes", "reads", "writes", "errors")     # of each drive
+
 FIELDS: Final = {
     name: index for index, name in enumerate((
         "magic", "phase", "started_ns",        # CLOCK_MONOTONIC of the first guest instruction
@@ -38,6 +41,8 @@ FIELDS: Final = {
         "sleeping_ns",                         # total time in SLEEPING
         "interrupts",                          # external ones that the guest took
         "timer_ticks_lost",                    # given up: the VM was too far behind (devices/timer.py)
+        *(f"{drive}_{what}" for drive in DRIVES for what in DISK_COUNTERS),
+        "disk_error",                          # of the last operation that the host refused: errno (disk.DAMAGED)
     ))
 }
 EXITS_OFFSET: Final = 512

@@ -23,7 +23,7 @@ import pytest
 from mixvisor.vm.engines import kick
 from mixvisor.vm.engines.base import RAX, RBP, RBX, RCX, RDI, RDX, RIP, RSI, RSP, CpuState
 from mixvisor.vm.worker import process
-from mixvisor.vm.worker.devices.disk import DiskImage
+from mixvisor.vm.worker.devices.disk import Disk
 from mixvisor.vm.worker.machine import Machine
 from mixvisor.vm.worker.memory import GuestMemory
 from mixvisor.vm.worker.protocol import MAX_PACKET, WorkerSpec
@@ -86,13 +86,13 @@ class BiosBench:
     STACK = 0x7000
     INDEX: Final = {"ax": RAX, "bx": RBX, "cx": RCX, "dx": RDX, "si": RSI, "di": RDI, "bp": RBP}
 
-    def __init__(self, image: bytes, memory_bytes: int = 2 << 20) -> None:
+    def __init__(self, image: bytes, memory_bytes: int = 2 << 20, *others: Disk, **disk: Any) -> None:
         self.fd = os.memfd_create("image")
         os.write(self.fd, image)
         self.clock = FakeClock()
         self.memory = GuestMemory(bytearray(memory_bytes))
         self.counts: Counter[str] = Counter()
-        self.machine = Machine(self.memory, self.clock, self._count, DiskImage(self.fd))
+        self.machine = Machine(self.memory, self.clock, self._count, [Disk(self.fd, **disk), *others])
         self.cpu = FakeCpu()
         self.machine.attach(self.cpu)  # type: ignore[arg-type]
 
@@ -165,8 +165,8 @@ def bench() -> Iterator[Callable[..., BiosBench]]:
     """Makes `BiosBench`es and frees their images."""
     made: list[BiosBench] = []
 
-    def make(image: bytes = b"\xEB\xFE" + bytes(1474560 - 2), memory_bytes: int = 2 << 20):
-        made.append(BiosBench(image, memory_bytes))
+    def make(image: bytes = b"\xEB\xFE" + bytes(1474560 - 2), memory_bytes: int = 2 << 20, *others: Disk, **disk: Any):
+        made.append(BiosBench(image, memory_bytes, *others, **disk))
         return made[-1]
 
     yield make

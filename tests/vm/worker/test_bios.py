@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 import struct
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mixvisor.vm.disks.geometry import geometry_of
 from mixvisor.vm.engines.base import RIP
 from mixvisor.vm.worker.bios import rom
 from mixvisor.vm.worker.bios.keyboard import DEEP_NAP_NS, DEEP_POLLS, IDLE_NAP_NS, IDLE_POLLS
 from mixvisor.vm.worker.clock import PIT_HZ, TICKS_PER_DAY
+from mixvisor.vm.worker.devices.disk import Disk
 
 SCREEN = 0xB8000
 FLOPPY = b"".join(bytes([n & 0xFF, n >> 8]) * 256 for n in range(2880))
@@ -40,7 +43,7 @@ def test_the_handlers_are_what_their_source_says(tmp_path):
 def _rom() -> bytes:
     from mixvisor.vm.worker.memory import GuestMemory
     memory = GuestMemory(bytearray(1 << 20))
-    rom.install(memory, drive=0, ticks=0)
+    rom.install(memory, disks={0: geometry_of(1474560)}, ticks=0)
     return bytes(memory.raw)
 
 
@@ -379,7 +382,7 @@ def test_what_cannot_be_read_is_refused_with_its_status(bench, registers, status
     answer = b.call(0x13, **registers)
     assert (answer["ax"] >> 8, answer["carry"]) == (status, 1)
     assert b.cpu.changed == []
-    again = b.call(0x13, ax=0x0100)
+    again = b.call(0x13, ax=0x0100, dx=registers.get("dx", 0))
     assert (again["ax"] >> 8, again["carry"]) == (status, 1)
 
 
@@ -393,7 +396,7 @@ def test_floppy_parameters_type_and_change_line(bench):
     b = bench(FLOPPY)
     answer = b.call(0x13, ax=0x0800)
     assert (answer["cx"], answer["dx"], answer["bx"] & 0xFF) == (0x4F12, 0x0101, 4)
-    assert b.call(0x13, ax=0x1500)["ax"] >> 8 == 1
+    assert b.call(0x13, ax=0x1500)["ax"] >> 8 == 2
     assert b.call(0x13, ax=0x1500, dx=0x80)["ax"] >> 8 == 0
     assert b.call(0x13, ax=0x1600)["carry"] == 0
     assert b.call(0x13, ax=0x0401, cx=0x0001)["carry"] == 0
@@ -528,3 +531,104 @@ def test_the_serial_service_prints_and_reads(bench):
     assert b.call(0x14, ax=0x0200)["ax"] == 0x005A
     assert b.call(0x14, ax=0x0300, dx=1)["ax"] >> 8 == 0x80
     assert b.call(0x17, ax=0x0200)["ax"] >> 8 == 1
+
+
+@pytest.fixture
+def overlay():
+    fd = os.memfd_create("overlay")
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["yes", "overlay"])
+def test_a_write_is_read_back_and_reaches_the_image_only_where_it_may(bench, overlay, kind):
+    b = bench(FLOPPY, **({"writable": True} if kind == "yes" else {"overlay_fd": overlay}))
+    data = b"written " * 128
+    b.memory.poke(0x10020, data)
+    written = b.call(0x13, ax=0x0302, cx=0x0102, dx=0x0100, es=0x1000, bx=0x20)
+    assert (written["ax"], written["carry"]) == (0x0002, 0)
+    b.call(0x13, ax=0x0202, cx=0x0102, dx=0x0100, es=0x2000, bx=0)
+    assert b.memory.read(0x20000, 1024) == data
+    first = ((1 * 2 + 1) * 18 + 1) * 512
+    kept = os.pread(b.fd, len(FLOPPY), 0)
+    assert kept == (FLOPPY[:first] + data + FLOPPY[first + 1024:] if kind == "yes" else FLOPPY)
+    assert (b.counts["fda_written_bytes"], b.counts["fda_writes"], b.counts["disk_written_bytes"]) == (1024, 1, 1024)
+
+
+@pytest.mark.parametrize(("registers", "status"), [
+    ({"ax": 0x0301, "cx": 0x5001}, 0x04), ({"ax": 0x0301, "cx": 0x0013}, 0x04), ({"ax": 0x0300, "cx": 0x0001}, 0x01),
+    ({"ax": 0x0302, "cx": 0x4F12, "dx": 0x0100}, 0x04), ({"ax": 0x0301, "cx": 0x0001, "es": 0xFFFF, "bx": 0x10}, 0x09),
+    ({"ax": 0x0501, "cx": 0x0001, "es": 0x3000}, 0x04), ({"ax": 0x1800, "cx": 0x4F0F}, 0x0C),
+])
+def test_what_cannot_be_written_is_refused_with_its_status_and_changes_nothing(bench, registers, status):
+    b = bench(FLOPPY, 1 << 20, writable=True)
+    answer = b.call(0x13, **registers)
+    assert (answer["ax"] >> 8, answer["carry"]) == (status, 1)
+    assert os.pread(b.fd, len(FLOPPY) + 1, 0) == FLOPPY
+
+
+def test_what_the_host_cannot_write_is_a_write_fault_and_is_counted(bench):
+    b = bench(FLOPPY, writable=True)
+    read_only = os.open(f"/proc/self/fd/{b.fd}", os.O_RDONLY)
+    saved = os.dup(b.fd)
+    os.dup2(read_only, b.fd)
+    try:
+        answer = b.call(0x13, ax=0x0301, cx=0x0001)
+    finally:
+        os.dup2(saved, b.fd)
+        os.close(saved)
+        os.close(read_only)
+    assert (answer["ax"], answer["carry"]) == (0xCC00, 1)
+    assert b.counts["fda_errors"] == 1
+
+
+def test_a_track_is_formatted_as_its_address_fields_say(bench):
+    b = bench(FLOPPY, writable=True)
+    assert b.call(0x13, ax=0x1800, cx=0x4F12)["carry"] == 0
+    b.memory.poke(0x10000, b"".join(bytes((3, 1, n, 2)) for n in range(1, 19)))
+    assert b.call(0x13, ax=0x0512, cx=0x0301, dx=0x0100, es=0x1000)["carry"] == 0
+    first = (3 * 2 + 1) * 18 * 512
+    assert os.pread(b.fd, len(FLOPPY), 0) == FLOPPY[:first] + b"\xF6" * 9216 + FLOPPY[first + 9216:]
+
+
+def test_a_hard_disk_is_written_by_block_address_and_not_formatted(bench):
+    b = bench(bytes(4 << 20), writable=True)
+    b.memory.poke(0x20010, b"block" * 205)
+    packet = struct.pack("<BBHHHQ", 16, 0, 2, 0x10, 0x2000, 7777)
+    b.memory.poke(0x5000, packet)
+    assert b.call(0x13, ax=0x4300, dx=0x80, ds=0x500)["carry"] == 0
+    assert os.pread(b.fd, 1024, 7777 * 512) == (b"block" * 205)[:1024]
+    assert b.call(0x13, ax=0x4400, dx=0x80, ds=0x500)["carry"] == 0
+    assert b.call(0x13, ax=0x4700, dx=0x80, ds=0x500)["carry"] == 0
+    assert b.call(0x13, ax=0x4303, dx=0x80, ds=0x500)["ax"] >> 8 == 0x01
+    b.memory.poke(0x5000, struct.pack("<BBHHHQ", 16, 0, 2, 0x10, 0x2000, 8191))
+    assert b.call(0x13, ax=0x4300, dx=0x80, ds=0x500)["ax"] >> 8 == 0x04
+    assert b.memory.u16(0x5002) == 0
+    assert b.call(0x13, ax=0x0501, dx=0x80)["ax"] >> 8 == 0x01
+
+
+def test_two_floppies_and_a_hard_disk_are_drives_of_their_own(bench):
+    second, hard = (os.memfd_create(name) for name in ("second", "hard"))
+    try:
+        os.write(second, b"B" * 368_640)
+        os.write(hard, b"C" * (8 << 20))
+        b = bench(FLOPPY, 2 << 20, Disk(second, name="fdb"), Disk(hard, name="hda", writable=True))
+        for drive, letter in ((0x01, b"B"), (0x80, b"C")):
+            assert b.call(0x13, ax=0x0201, cx=0x0001, dx=drive, es=0x1000)["carry"] == 0
+            assert b.memory.read(0x10000, 512) == letter * 512
+        assert b.call(0x13, ax=0x0301, cx=0x0001, dx=0x01)["ax"] >> 8 == 0x03
+        assert b.call(0x13, ax=0x0301, cx=0x0001, dx=0x80)["carry"] == 0
+        assert b.call(0x11)["ax"] & 0xC1 == 0x41                    # two floppy drives
+        assert b.memory.u8(0x475) == 1
+        for drive, count in ((0x00, 2), (0x01, 2), (0x80, 1)):
+            assert b.call(0x13, ax=0x0800, dx=drive)["dx"] & 0xFF == count
+        assert b.call(0x13, ax=0x0800, dx=0x81)["carry"] == 1
+        b.machine.port_out(0x70, 1, 0x10)
+        assert b.machine.port_in(0x71, 1) == 0x41                   # 1.44 MB and 360 KB
+        offset, segment = struct.unpack("<HH", b.memory.read(0x41 * 4, 4))
+        table = b.memory.read((segment << 4) + offset, 16)
+        assert struct.unpack_from("<HB", table) == (17, 16)
+        assert table[14] == 63
+    finally:
+        os.close(second)
+        os.close(hard)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixvisor.vm.disks.geometry import geometry_of
 from mixvisor.vm.worker.clock import PIT_HZ
 from mixvisor.vm.worker.devices.board import Board
 from mixvisor.vm.worker.devices.cmos import Cmos, bcd
-from mixvisor.vm.worker.devices.disk import FLOPPIES, DiskImage, geometry_of
+from mixvisor.vm.worker.devices.disk import DAMAGED, Disk, Fault
 from mixvisor.vm.worker.devices.keyboard import ALT, BYTE_NS, CTRL, QUEUE_KEYS, SHIFT, Keyboard, strokes
 from mixvisor.vm.worker.devices.pic import Interrupts
 from mixvisor.vm.worker.devices.timer import CATCH_UP, OWED_S, Timer
@@ -399,7 +402,8 @@ def test_a_one_shot_interrupts_once(clock):
 
 
 def cmos(clock, interrupts=None, changed=lambda: None):
-    return Cmos(clock, 64 << 20, 4, interrupts or Interrupts(lambda _asking: None, firmware=True), changed)
+    return Cmos(clock, 64 << 20, {0: geometry_of(1474560)},
+                interrupts or Interrupts(lambda _asking: None, firmware=True), changed)
 
 
 def test_the_periodic_interrupt_of_the_clock_waits_for_its_flags_to_be_read(clock):
@@ -580,50 +584,66 @@ def test_retrace_comes_and_goes(clock):
 
 # Disk.
 
-@given(st.integers(1, 9 << 30))
-def test_every_sector_of_an_image_lies_within_its_geometry(size_bytes):
-    geometry = geometry_of(size_bytes)
-    sectors = -(-size_bytes // 512)
-    assert geometry.cylinders <= 1024
-    assert geometry.total >= sectors or (geometry.cylinders, geometry.heads) == (1024, 255)
-    assert geometry.drive == (0x80 if size_bytes > 2880 * 1024 else 0)
+@pytest.fixture
+def files():
+    """`files(data)` makes a descriptor of a file with these bytes."""
+    made = []
 
+    def make(data=b""):
+        made.append(os.memfd_create("image"))
+        os.write(made[-1], data)
+        return made[-1]
 
-@pytest.mark.parametrize(("kib", "heads", "sectors", "cylinders"), [
-    (160, 1, 8, 40), (180, 1, 9, 40), (320, 2, 8, 40), (360, 2, 9, 40), (720, 2, 9, 80),
-    (1200, 2, 15, 80), (1440, 2, 18, 80), (2880, 2, 36, 80),
-])
-def test_floppy_sizes_have_their_standard_geometry(kib, heads, sectors, cylinders):
-    geometry = geometry_of(kib * 1024)
-    assert (geometry.heads, geometry.sectors, geometry.cylinders) == (heads, sectors, cylinders)
-
-
-@given(st.sampled_from(FLOPPIES), st.integers(0, 100), st.integers(0, 3), st.integers(0, 64))
-def test_cylinder_head_sector_is_a_number_below_the_total_or_nothing(geometry, c, h, s):
-    number = geometry.sector(c, h, s)
-    exists = c < geometry.cylinders and h < geometry.heads and 1 <= s <= geometry.sectors
-    assert (number is not None) == exists
-    if number is not None:
-        assert 0 <= number < geometry.total
-
-
-def test_a_short_image_reads_zeros_behind_its_end_and_nothing_outside_its_format():
-    fd = os.memfd_create("image")
-    try:
-        os.write(fd, b"x" * 700)
-        disk = DiskImage(fd)
-        assert disk.read(1, 2) == b"x" * 188 + bytes(1024 - 188)
-        assert disk.read(319, 1) == bytes(512)
-        assert disk.read(319, 2) is None
-        assert disk.read(-1, 1) is None
-    finally:
+    yield make
+    for fd in made:
         os.close(fd)
 
 
-def test_an_empty_image_is_refused():
-    fd = os.memfd_create("image")
+def test_a_short_image_reads_zeros_behind_its_end_and_nothing_outside_its_format(files):
+    disk = Disk(files(b"x" * 700))
+    assert disk.read(1, 2) == b"x" * 188 + bytes(1024 - 188)
+    assert disk.read(319, 1) == bytes(512)
+    assert disk.read(319, 2) is Fault.NOT_FOUND
+    assert disk.read(-1, 1) is Fault.NOT_FOUND
+
+
+def test_an_empty_image_is_refused(files):
+    with pytest.raises(ValueError, match="empty"):
+        Disk(files())
+
+
+def test_a_disk_is_protected_unless_it_is_writable_or_has_an_overlay(files):
+    fd, overlay = files(bytes(163_840)), files()
+    assert Disk(fd).write(0, b"a" * 512) is Fault.PROTECTED
+    with_overlay = Disk(fd, overlay_fd=overlay)
+    assert with_overlay.write(1, b"b" * 512) is None
+    assert with_overlay.read(0, 3) == bytes(512) + b"b" * 512 + bytes(512)
+    assert os.pread(fd, 163_840, 0) == bytes(163_840)
+    assert Disk(fd, writable=True).write(2, b"c" * 1024) is None
+    assert os.pread(fd, 1536, 512) == bytes(512) + b"c" * 1024
+    assert os.fstat(overlay).st_size <= with_overlay.end_bytes
+    assert Disk(fd, writable=True).write(319, b"d" * 1024) is Fault.NOT_FOUND
+
+
+def test_what_the_host_refuses_is_a_fault_and_its_errno_is_kept(files):
+    overlay = os.memfd_create("overlay", os.MFD_ALLOW_SEALING)
     try:
-        with pytest.raises(ValueError, match="empty"):
-            DiskImage(fd)
+        disk = Disk(files(bytes(163_840)), overlay_fd=overlay)
+        assert disk.write(0, b"a" * 512) is None
+        fcntl.fcntl(overlay, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        assert disk.write(0, b"b" * 512) is Fault.UNWRITABLE
+        assert disk.error == errno.EPERM
+        assert disk.read(0, 1) == b"a" * 512
     finally:
-        os.close(fd)
+        os.close(overlay)
+    assert disk.read(0, 1) is Fault.UNREADABLE
+    assert disk.error == errno.EBADF
+
+
+def test_a_sector_that_is_not_what_its_checksum_says_is_unreadable(files):
+    overlay = files()
+    disk = Disk(files(bytes(163_840)), overlay_fd=overlay)
+    disk.write(0, b"a" * 512)
+    os.pwrite(overlay, b"?", 8192)
+    assert disk.read(0, 1) is Fault.UNREADABLE
+    assert disk.error == DAMAGED

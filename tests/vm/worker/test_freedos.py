@@ -109,7 +109,7 @@ def boot_and_type_ver(engine, disk):
     clock = GuestClock(status)
     operator = Operator(clock)
     spec = WorkerSpec(name="dos", engine=engine, memory_bytes=memory_bytes, boot="disk")
-    worker = Worker(spec, operator, memory, status, fds[1], clock)
+    worker = Worker(spec, operator, memory, status, fds[1:], clock)
     operator.worker = worker
     try:
         ending = worker.live()

@@ -213,7 +213,7 @@ def test_unknown_and_malformed_requests_are_answered_with_an_error(start):
     worker.link.send(b'["a list"]')
     worker.link.send(b'{"op": "pause"}')
     assert worker.ask("calls")["ok"]
-    assert worker.status.get("phase") == Phase.RUNNING
+    worker.until_phase(Phase.RUNNING)
 
 
 @pytest.mark.parametrize("sleeping", [True, False])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from ...engines.base import RIP, RSP, Cpu
 from ..clock import Clock
 from ..devices.cmos import Cmos
-from ..devices.disk import DiskImage
+from ..devices.disk import Disk
 from ..devices.keyboard import Keyboard
 from ..devices.serial import Serial
 from ..devices.vga import Vga
@@ -41,7 +41,7 @@ class Bios:
 
     def __init__(
         self, memory: GuestMemory, clock: Clock, *, vga: Vga, keyboard: Keyboard, serial: Serial,
-        cmos: Cmos, disk: DiskImage, end: Callable[[str, str, int | None], None],
+        cmos: Cmos, disks: Sequence[Disk], end: Callable[[str, str, int | None], None],
         count: Callable[[str, int], None], poll: Callable[[], None],
         poll_if_due: Callable[[], None],
     ) -> None:
@@ -53,7 +53,7 @@ class Bios:
         self.calls: Counter[tuple[int, int]] = Counter()
         self.trace: list[tuple[int, int]] = []       # the first TRACE_LIMIT, repeats collapsed
         now = cmos.now()
-        rom.install(memory, drive=disk.geometry.drive,
+        rom.install(memory, disks={disk.drive: disk.geometry for disk in disks},
                     ticks=day_ticks(now.hour * 3600 + now.minute * 60 + now.second))
         self.video = Video(memory, vga, lambda: count("screen_version", 1))
         self.keyboard = KeyboardService(memory, keyboard, clock, self._finish, poll)
@@ -62,7 +62,7 @@ class Bios:
             **self.system.services,
             0x09: self.keyboard.interrupt,
             0x10: self.video.call,
-            0x13: DiskService(memory, disk, count).call,
+            0x13: DiskService(memory, disks, count).call,
             0x16: self.keyboard.call,
         }
         self.video.reset()

@@ -50,9 +50,12 @@ keyboard:                           ; INT 09h, line 1
     pop ax
     iret
 
-disk:                               ; INT 13h: AH=08h of a floppy returns ES:DI
+disk:                               ; INT 13h, 40h: AH=08h and AH=18h of a floppy return ES:DI
     cmp ah, 0x08
+    je .table
+    cmp ah, 0x18
     jne STUB(0x13)
+.table:
     cmp dl, 0x80
     jae STUB(0x13)
     push word 0xf000

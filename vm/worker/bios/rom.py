@@ -6,6 +6,7 @@ Layout of segment F000 (linear F0000h):
 |---|---|
 | n * 8 | stub of vector n: `out BIOS_PORT, al` / `iret` |
 | 0800h | handlers.bin: interrupt handlers, and the entries of services that need code of their own |
+| E401h | parameter tables of two hard disks (vectors 41h, 46h) |
 | E6F5h | configuration table (INT 15h/C0h) |
 | EFC7h | diskette parameter table (vector 1Eh), at IBM's address |
 | FFF0h | reset entry (`int 19h`), date at FFF5h, model FCh (AT) at FFFEh |
@@ -20,12 +21,15 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import struct
+from collections.abc import Mapping
 from typing import Final
 
+from ...disks.geometry import Geometry
 from ..memory import GuestMemory
 
 __all__ = [
-    "BDA", "BDA_COLUMNS", "BDA_CURSOR", "BDA_CURSOR_SHAPE", "BDA_EQUIPMENT", "BDA_KEY_HEAD",
+    "BDA", "BDA_COLUMNS", "BDA_CURSOR", "BDA_CURSOR_SHAPE", "BDA_EQUIPMENT", "BDA_FLOPPY_STATUS",
+    "BDA_HARD_STATUS", "BDA_KEY_HEAD",
     "BDA_KEY_TAIL", "BDA_MEMORY_KIB", "BDA_MIDNIGHT", "BDA_MODE", "BDA_PAGE", "BDA_PAGE_BYTES",
     "BDA_PAGE_START", "BDA_SHIFTS", "BDA_TICKS", "BIOS_PORT", "BIOS_SEGMENT", "CONVENTIONAL_KIB", "STUB_BYTES",
     "entries", "install",
@@ -44,6 +48,8 @@ BDA_KEY_HEAD: Final = 0x41A
 BDA_KEY_TAIL: Final = 0x41C
 BDA_KEYS: Final = 0x1E                         # offsets within the BDA's segment 40h
 BDA_KEYS_END: Final = 0x3E
+BDA_FLOPPY_STATUS: Final = 0x441               # of the last INT 13h call
+BDA_HARD_STATUS: Final = 0x474
 BDA_MODE: Final = 0x449
 BDA_COLUMNS: Final = 0x44A
 BDA_PAGE_BYTES: Final = 0x44C
@@ -56,9 +62,11 @@ BDA_MIDNIGHT: Final = 0x470
 
 _HANDLERS: Final = 0x0800
 _CONFIGURATION, _DISKETTE = 0xE6F5, 0xEFC7
+_HARD_DISK: Final = {0x80: (0x41, 0xE401), 0x81: (0x46, 0xE411)}      # drive: vector, offset
+_DISKETTE_TRACK: Final = 4                                            # sectors a track, in its table
 # The entries of handlers.asm, in the order of its table, and the vectors that lead to each.
 _ENTRIES: Final[tuple[tuple[str, tuple[int, ...]], ...]] = (
-    ("timer", (0x08,)), ("keyboard", (0x09,)), ("disk", (0x13,)), ("system", (0x15,)), ("keys", (0x16,)),
+    ("timer", (0x08,)), ("keyboard", (0x09,)), ("disk", (0x13, 0x40)), ("system", (0x15,)), ("keys", (0x16,)),
     ("nothing", (0x1C,)), ("end_first", (0x0A, 0x0B, 0x0C, 0x0D, 0x0E, 0x77)),
     ("end_second", (0x72, 0x73, 0x74, 0x75, 0x76)), ("clock", (0x70,)), ("redirected", (0x71,)),
 )
@@ -81,7 +89,13 @@ def entries() -> dict[int, int]:
     return {**found, 0x0F: found[0x1C]}            # line 7: the spurious interrupt, which has no end
 
 
-def _rom() -> bytes:
+def _hard_disk(geometry: Geometry) -> bytes:
+    """A parameter table: cylinders, heads, no write precompensation, control (more than 8 heads), parking, sectors."""
+    return struct.pack("<HBHHBBBBBHBB", geometry.cylinders, geometry.heads & 0xFF, 0, 0xFFFF, 0,
+                       8 if geometry.heads > 8 else 0, 0, 0, 0, geometry.cylinders, geometry.sectors, 0)
+
+
+def _rom(disks: Mapping[int, Geometry]) -> bytes:
     rom = bytearray(b"\xFF" * 0x10000)
     rom[:256 * STUB_BYTES] = _stub() * 256
     for offset, data in (
@@ -95,31 +109,38 @@ def _rom() -> bytes:
         (0xFFFE, b"\xFC\x00"),
     ):
         rom[offset:offset + len(data)] = data
+    for drive, (_vector, offset) in _HARD_DISK.items():
+        if drive in disks:
+            rom[offset:offset + 16] = _hard_disk(disks[drive])
+    if 0 in disks:
+        rom[_DISKETTE + _DISKETTE_TRACK] = disks[0].sectors
     return bytes(rom)
 
 
-def install(memory: GuestMemory, *, drive: int, ticks: int) -> None:
-    """Write ROM, vectors and data area. Memory must be at least 1 MiB."""
-    memory.write(BIOS_SEGMENT << 4, _rom())
+def install(memory: GuestMemory, *, disks: Mapping[int, Geometry], ticks: int) -> None:
+    """Write ROM, vectors and data area. Memory must be at least 1 MiB. `disks` by the drive that they are in."""
+    memory.write(BIOS_SEGMENT << 4, _rom(disks))
     vectors = {n: (BIOS_SEGMENT, n * STUB_BYTES) for n in range(256)}
     vectors.update((n, (BIOS_SEGMENT, offset)) for n, offset in entries().items())
     vectors[0x1E] = (BIOS_SEGMENT, _DISKETTE)
     for n in (0x1D, 0x1F, 0x41, 0x46, *range(0x60, 0x68)):
         vectors[n] = (0, 0)                    # tables that we do not have, and the users' own
+    vectors.update((vector, (BIOS_SEGMENT, offset)) for drive, (vector, offset) in _HARD_DISK.items() if drive in disks)
     for n, (segment, offset) in vectors.items():
         memory.poke(n * 4, struct.pack("<HH", offset, segment))
     memory.poke(BDA, bytes(0x100))
     memory.poke_u16(BDA, 0x3F8)                # COM1
     memory.poke_u16(BDA + 0x0E, CONVENTIONAL_KIB << 6)
-    # 80x25 colour, one serial port, the floppy if we booted from one.
-    memory.poke_u16(BDA_EQUIPMENT, 0x0220 | (0x01 if drive < 0x80 else 0))
+    floppies = sum(1 for drive in disks if drive < 0x80)
+    # 80x25 colour, one serial port, floppy drives: whether there are any, and how many but one.
+    memory.poke_u16(BDA_EQUIPMENT, 0x0220 | (0x01 | floppies - 1 << 6 if floppies else 0))
     memory.poke_u16(BDA_MEMORY_KIB, CONVENTIONAL_KIB)
     for address in (BDA_KEY_HEAD, BDA_KEY_TAIL):
         memory.poke_u16(address, BDA_KEYS)
     memory.poke_u16(BDA + 0x80, BDA_KEYS)
     memory.poke_u16(BDA + 0x82, BDA_KEYS_END)
     memory.poke_u16(BDA + 0x63, 0x3D4)         # CRT controller's port
-    memory.poke_u8(BDA + 0x75, 0 if drive < 0x80 else 1)   # hard disks
+    memory.poke_u8(BDA + 0x75, len(disks) - floppies)      # hard disks
     memory.poke_u8(BDA + 0x84, 24)             # rows less one
     memory.poke_u16(BDA + 0x85, 16)            # scan lines a character
     memory.poke_u8(BDA + 0x96, 0x10)           # enhanced keyboard

@@ -15,9 +15,10 @@ update-in-progress bit never shows (a read is always consistent).
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
+from ...disks.geometry import Geometry
 from ..clock import Clock
 from . import PortClaim, ones
 from .pic import Interrupts
@@ -38,8 +39,8 @@ _ALARM_WINDOW_S: Final = 60
 class Cmos:
     """`changed()` is called when the guest asks for other interrupts than before."""
 
-    def __init__(self, clock: Clock, memory_bytes: int, floppy_type: int, interrupts: Interrupts,
-                 changed: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, memory_bytes: int, disks: Mapping[int, Geometry],
+                 interrupts: Interrupts, changed: Callable[[], None]) -> None:
         self._clock, self._interrupts, self._changed = clock, interrupts, changed
         self._index = 0
         self._since_ns = clock.monotonic_ns()      # periods are counted from here
@@ -50,8 +51,13 @@ class Cmos:
         self._ram = bytearray(128)
         self._ram[_A], self._ram[_B] = 0x26, _HOURS_24
         self._ram[_D] = 0x80                       # battery good
-        self._ram[0x10] = floppy_type << 4
-        self._ram[0x14] = 0x21 if floppy_type else 0x20
+        floppies = [disks[drive].floppy_type if drive in disks else 0 for drive in (0x00, 0x01)]
+        there = sum(1 for kind in floppies if kind)
+        self._ram[0x10] = floppies[0] << 4 | floppies[1]
+        self._ram[0x14] = 0x20 | (0x01 | there - 1 << 6 if there else 0)
+        # Types of the hard disks: 15 stands for a number in the extended bytes, 47 for "the user's own".
+        self._ram[0x12] = (0xF0 if 0x80 in disks else 0) | (0x0F if 0x81 in disks else 0)
+        self._ram[0x19], self._ram[0x1A] = (47 if drive in disks else 0 for drive in (0x80, 0x81))
         self._ram[0x15:0x17] = (640).to_bytes(2, "little")
         self._ram[0x17:0x19] = self._ram[0x30:0x32] = extended.to_bytes(2, "little")
         self._ram[0x34:0x36] = high.to_bytes(2, "little")

@@ -1,89 +1,113 @@
-"""A boot disk: an image behind a descriptor, and the geometry that its size implies.
+"""A disk in a drive: an image behind a descriptor, and where its writes go.
 
-Theory.  Up to 2.88 MB an image is a floppy (drive 00h) of the smallest standard format that holds
-it; above, a hard disk (drive 80h) with 63 sectors a track and as many heads as keep the
-cylinders at 1024 or below.  Sectors inside the format but behind the end of a short image (a
-512-byte boot sector is a disk, too) read as zeros; sectors outside the format do not exist.
+Theory.  Reads are `pread`, writes `pwrite` on descriptors that the supervisor opened and locked: a worker opens no
+file. A disk is write-protected unless it is `writable` (writes go into the image) or has an overlay
+(vm/disks/overlay.py). Each run of sectors is one `pwrite` of whole sectors, which the kernel copies page by page:
+killed in the middle, every sector is old or new.  What was answered is with the kernel; when it reaches the host's
+disk is the kernel's to decide.
 
-Reads are `pread` on the descriptor that the supervisor opened: a worker opens no file. In this
-version the disk is read-only: a guest is told so (write protected) and writes nothing.
+Sectors inside the geometry but behind the end of a short image read as zeros; sectors outside do not exist.
+`Fault` says what a guest is told.  Whatever the operating system refuses (disk full, a bad medium) is remembered as
+`error` for the supervisor to warn of, and is a fault to the guest, as on a PC.
 """
 
 from __future__ import annotations
 
+import enum
 import os
-from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["FLOPPIES", "SECTOR_BYTES", "DiskImage", "Geometry", "geometry_of"]
+from ...disks.geometry import DRIVES, SECTOR_BYTES, geometry_of, sectors_of
+from ...disks.overlay import Damaged, Overlay
 
-SECTOR_BYTES: Final = 512
+__all__ = ["DAMAGED", "SECTOR_BYTES", "Disk", "Fault"]
 
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    cylinders: int
-    heads: int
-    sectors: int            # a track
-    floppy_type: int        # CMOS and INT 13h/08h type; 0: hard disk
-
-    @property
-    def total(self) -> int:
-        return self.cylinders * self.heads * self.sectors
-
-    @property
-    def drive(self) -> int:
-        """The BIOS' number of a drive with this disk."""
-        return 0x00 if self.floppy_type else 0x80
-
-    def sector(self, cylinder: int, head: int, sector: int) -> int | None:
-        """Linear number of a sector (counted from 1 within its track); None if there is none."""
-        if cylinder >= self.cylinders or head >= self.heads or not 1 <= sector <= self.sectors:
-            return None
-        return (cylinder * self.heads + head) * self.sectors + sector - 1
+DAMAGED: Final = -1                             # in place of an errno: a sector's checksum does not match
 
 
-FLOPPIES: Final = (
-    Geometry(40, 1, 8, 1), Geometry(40, 1, 9, 1), Geometry(40, 2, 8, 1), Geometry(40, 2, 9, 1),
-    Geometry(80, 2, 9, 3), Geometry(80, 2, 15, 2), Geometry(80, 2, 18, 4), Geometry(80, 2, 36, 5),
-)
+class Fault(enum.Enum):
+    """Why a disk did not do it."""
+
+    NOT_FOUND = "not found"                     # no such sector
+    PROTECTED = "protected"
+    UNREADABLE = "unreadable"
+    UNWRITABLE = "unwritable"
 
 
-def geometry_of(size_bytes: int) -> Geometry:
-    """What a disk of this many bytes looks like to a guest."""
-    sectors = -(-size_bytes // SECTOR_BYTES)
-    for floppy in FLOPPIES:
-        if sectors <= floppy.total:
-            return floppy
-    heads = next((h for h in (16, 32, 64, 128) if sectors <= 1024 * h * 63), 255)
-    return Geometry(min(1024, -(-sectors // (heads * 63))), heads, 63, 0)
+class Disk:
+    """The descriptors belong to the caller. Raises ValueError for an empty image, or one larger than its drive."""
 
-
-class DiskImage:
-    """`fd` belongs to the caller; it is only read. Raises ValueError for an empty image."""
-
-    def __init__(self, fd: int) -> None:
+    def __init__(
+        self, fd: int, *, name: str | None = None, writable: bool = False, overlay_fd: int | None = None,
+    ) -> None:
         self._fd = fd
         self.size_bytes = os.fstat(fd).st_size
         if self.size_bytes == 0:
-            raise ValueError("the boot disk is empty: give an image with a boot sector")
-        self.geometry = geometry_of(self.size_bytes)
-        # A hard disk may be larger than 1024 cylinders: the LBA calls reach all of it.
-        self.sectors = max(self.geometry.total if self.geometry.floppy_type else 0,
-                           -(-self.size_bytes // SECTOR_BYTES))
+            raise ValueError("the disk is empty: give an image with something on it")
+        self.geometry = geometry_of(self.size_bytes, os.pread(fd, SECTOR_BYTES, 0),
+                                    floppy=None if name is None else name.startswith("fd"))
+        self.name = name or ("fda" if self.geometry.floppy_type else "hda")
+        self.sectors = sectors_of(self.size_bytes, self.geometry)
+        self._overlay = None if overlay_fd is None else Overlay(overlay_fd, self.sectors)
+        self.writable = writable or self._overlay is not None
+        self.error = 0                          # errno of the last operation that failed, or DAMAGED
 
-    def read(self, first: int, count: int) -> bytes | None:
-        """Sectors from *first*; None when one of them does not exist or cannot be read."""
-        if first < 0 or count < 0 or first + count > self.sectors:
-            return None
+    @property
+    def drive(self) -> int:
+        """The BIOS' number of the drive."""
+        return DRIVES[self.name]
+
+    @property
+    def end_bytes(self) -> int:
+        """No write makes a file longer than this."""
+        if not self.writable:
+            return 0
+        return self._overlay.end if self._overlay is not None else self.sectors * SECTOR_BYTES
+
+    def exists(self, first: int, count: int) -> bool:
+        return first >= 0 and count >= 0 and first + count <= self.sectors
+
+    def read(self, first: int, count: int) -> bytes | Fault:
+        if not self.exists(first, count):
+            return Fault.NOT_FOUND
+        try:
+            if self._overlay is not None:
+                return self._overlay.read(first, count, self._from_image)
+            return self._from_image(first, count)
+        except Damaged:
+            self.error = DAMAGED
+        except OSError as error:
+            self.error = error.errno or DAMAGED
+        return Fault.UNREADABLE
+
+    def write(self, first: int, data: bytes) -> Fault | None:
+        """Whole sectors from *first*; None when all of them are written."""
+        if not self.exists(first, len(data) // SECTOR_BYTES):
+            return Fault.NOT_FOUND
+        if not self.writable:
+            return Fault.PROTECTED
+        try:
+            if self._overlay is not None:
+                self._overlay.write(first, data)
+            else:
+                self._into_image(first, data)
+        except OSError as error:
+            self.error = error.errno or DAMAGED
+            return Fault.UNWRITABLE
+        return None
+
+    def _from_image(self, first: int, count: int) -> bytes:
         length = count * SECTOR_BYTES
         data = b""
-        try:
-            while len(data) < length:
-                piece = os.pread(self._fd, length - len(data), first * SECTOR_BYTES + len(data))
-                if not piece:
-                    break
-                data += piece
-        except OSError:
-            return None             # a bad medium is the guest's to see, as on a PC
+        while len(data) < length:
+            piece = os.pread(self._fd, length - len(data), first * SECTOR_BYTES + len(data))
+            if not piece:
+                break
+            data += piece
         return data.ljust(length, b"\0")
+
+    def _into_image(self, first: int, data: bytes) -> None:
+        view, offset = memoryview(data), first * SECTOR_BYTES
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view, offset = view[done:], offset + done
