@@ -1,49 +1,81 @@
-"""Guest work delivered: four VMs on one CPU under the dispatcher against the same under the kernel alone.
+"""Guest work delivered: four VMs on one CPU under our policy `fair`, against the same VMs under the kernel alone.
 
-Whole services run in alternation (plain, gentle, precise, precise, gentle, plain, ...), each with two software and two
-hardware VMs of equal weight (all software where there is no /dev/kvm). Work is the guests' own progress counters, per
-second of wall clock and per CPU-second that the kernel granted. `plain` is the kernel's own scheduler: the baseline of
-both. Every run is compared with the plain run of its own round, and the interval is of the median over rounds
-(bootstrap, 95 %), because a shared machine drifts by more than what is looked for.
+One service at a time, with two software and two hardware VMs of equal weight (all software where there is no
+/dev/kvm). While they run, the policy changes: `kernel` (the baseline), `kernel` once more (the null: it must not
+differ) and `fair`, in an order drawn at random and then mirrored, about a second each, so that whatever drifts on a
+shared machine drifts through all three alike. Each round gives one figure: the difference of the mean logarithms of
+the VMs' rates; shown are medians over rounds with 95 % bootstrap intervals. Work is the guests' own progress
+counters, per CPU-second (what a VM makes of the time it gets: the cost of switching) and per second (with what
+dispatching takes off). The first part of each stretch, in which dispatchers come and go, is left out.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import trio
 
+from mixvisor.sched.linux import Kernel
+from mixvisor.service.app import Service
+
 from .common import busy_service, median, options, report, table
 
-KINDS = ("plain", "gentle", "precise")
+KINDS = ("gentle", "precise")
+STRETCHES = {"kernel": "kernel", "again": "kernel", "fair": "fair"}
 RESAMPLES = 4000
 
-async def one_run(dispatch: str, cpu: str, slice_us: int, seconds: float, hardware: bool) -> dict[str, dict[str, int]]:
-    vms = [{"name": f"{kind[0]}{i}", "mode": kind, "memory": "16M", "boot": {"guest": "alu"}}
-           for kind in (("software", "hardware") if hardware else ("software", "software")) for i in (1, 2)]
-    for number, vm in enumerate(vms):
-        vm["name"] = f"{vm['name']}-{number}"
-    async with busy_service(vms, cpus=cpu, dispatch=dispatch, slice_us=slice_us) as service:
+Rates = dict[str, dict[str, float]]           # by VM: per CPU-second, per second, CPU-seconds per second
+
+
+def read(service: Service, pids: dict[str, int]) -> dict[str, tuple[int, int, int]]:
+    """Progress, CPU time and the clock, of every VM. The CPU clock of a process is exact while it runs, too."""
+    found = {}
+    for vm in service.snapshot().vms:
+        clock = Kernel().run_clock(pids[vm.name], pids[vm.name])
+        found[vm.name] = (vm.progress or 0, clock.read(), time.monotonic_ns())
+    return found
+
+
+async def stretch(service: Service, pids: dict[str, int], policy: str, settle: float, seconds: float) -> Rates:
+    await service.set_policy({"policy": policy})
+    await trio.sleep(settle)
+    first = read(service, pids)
+    await trio.sleep(seconds)
+    last = read(service, pids)
+    rates: Rates = {}
+    for name, (progress, ran, at) in first.items():
+        more, run_ns, wall_ns = last[name][0] - progress, last[name][1] - ran, last[name][2] - at
+        rates[name] = {"work_per_cpu": more / run_ns, "work": more / wall_ns, "cpu": run_ns / wall_ns}
+    return rates
+
+
+async def one_kind(dispatch: str, chosen: Any, hardware: bool) -> dict[str, list[Rates]]:
+    modes = ("software", "hardware") if hardware else ("software", "software")
+    vms = [{"name": f"vm{number}", "mode": modes[number % 2], "memory": "4M", "boot": {"guest": "alu"}}
+           for number in range(4)]
+    runs: dict[str, list[Rates]] = {name: [] for name in STRETCHES}
+    dice = random.Random(3)
+    async with busy_service(vms, cpus=chosen.cpu, dispatch=dispatch, slice_us=chosen.slice_us) as service:
         await trio.sleep(1)
-        first, at = {v.name: v for v in service.snapshot().vms}, time.monotonic_ns()
-        await trio.sleep(seconds)
-        last, to = {v.name: v for v in service.snapshot().vms}, time.monotonic_ns()
-        return {name: {"progress": (last[name].progress or 0) - (old.progress or 0),
-                       "run_ns": last[name].vcpus[0].run_ns - old.vcpus[0].run_ns, "wall_ns": to - at,
-                       "hardware": int(old.mode == "hardware")}
-                for name, old in first.items()}
+        pids = {vm.name: vm.pid for vm in service.snapshot().vms if vm.pid is not None}
+        for _ in range(chosen.rounds):
+            order = dice.sample(list(STRETCHES), len(STRETCHES))
+            for name in (*order, *reversed(order)):
+                runs[name].append(await stretch(service, pids, STRETCHES[name], chosen.settle, chosen.seconds))
+    return runs
 
 
-def granted(run: dict[str, dict[str, int]]) -> float:
-    return sum(v["run_ns"] for v in run.values()) / next(iter(run.values()))["wall_ns"]
-
-
-def against(run: dict[str, dict[str, int]], plain: dict[str, dict[str, int]], per: str) -> float:
-    """Work relative to the plain run of the same round, averaged over the VMs (their units differ by engine)."""
-    return sum(run[n]["progress"] / run[n][per] * plain[n][per] / plain[n]["progress"] for n in run) / len(run)
+def against(runs: dict[str, list[Rates]], name: str, what: str) -> list[float]:
+    """By round: the ratio of *what* to the kernel's, the geometric mean over the VMs and both stretches."""
+    logs = [[sum(math.log(vm[what]) for vm in rates.values()) / len(rates) for rates in runs[kind]]
+            for kind in (name, "kernel")]
+    pairs = [[(log[at] + log[at + 1]) / 2 for at in range(0, len(log), 2)] for log in logs]
+    return [math.exp(mine - theirs) for mine, theirs in zip(*pairs, strict=True)]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -55,29 +87,23 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def shown(values: Sequence[float]) -> str:
     low, high = interval(values)
-    return f"{100 * median(values):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * median(values):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
 async def main() -> None:
-    chosen = options(__doc__ or "", seconds=2.0, rounds=12, slice_us=10_000, cpu=str(max(os.sched_getaffinity(0))))
+    chosen = options(__doc__ or "", seconds=0.8, settle=0.3, rounds=20, slice_us=10_000,
+                     cpu=str(max(os.sched_getaffinity(0))))
     hardware = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    runs: dict[str, list[dict[str, dict[str, int]]]] = {kind: [] for kind in KINDS}
-    for number in range(chosen.rounds):
-        for kind in KINDS if number % 2 == 0 else reversed(KINDS):
-            runs[kind].append(await one_run(kind, chosen.cpu, chosen.slice_us, chosen.seconds, hardware))
-    rows = [(kind, shown([granted(r) for r in runs[kind]]),
-             *(shown([against(r, p, per) for r, p in zip(runs[kind], runs["plain"], strict=True)])
-               for per in ("run_ns", "wall_ns")))
-            for kind in KINDS]
-    # What two plain runs of neighbouring rounds differ by: the resolution of the figures above.
-    pairs = zip(runs["plain"][1::2], runs["plain"][2::2], strict=False)
-    null = [against(b, a, "run_ns") for a, b in pairs]
-    if len(null) > 1:
-        rows.append(("plain, next round", "", shown(null), ""))
-    table(f"Guest work of four VMs on one CPU, {chosen.slice_us / 1000:g} ms slices, {chosen.rounds} rounds"
-          " (median, 95 % interval)",
-          ("dispatch", "CPU granted %", "work per CPU-second, % of plain", "work per second, % of plain"), rows)
-    report("work", {"runs": runs, "slice_us": chosen.slice_us}, chosen.json)
+    results: dict[str, Any] = {}
+    rows = []
+    for kind in KINDS:
+        runs = results[kind] = await one_kind(kind, chosen, hardware)
+        for name, title in (("fair", f"fair, {kind}"), ("again", f"kernel again, beside {kind} (null)")):
+            rows.append((title, *(shown(against(runs, name, what)) for what in ("work_per_cpu", "work", "cpu"))))
+    table(f"Work of four VMs on one CPU, {chosen.slice_us / 1000:g} ms slices, percent of what they do under the kernel"
+          f" alone ({chosen.rounds} rounds: median, 95 % interval)",
+          ("policy", "per CPU-second", "per second", "CPU granted"), rows)
+    report("work", {"runs": results, "slice_us": chosen.slice_us}, chosen.json)
 
 
 if __name__ == "__main__":
