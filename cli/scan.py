@@ -32,7 +32,7 @@ class _Number(click.ParamType):
 
 @click.command()
 @click.argument("image", type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(["boot-sector", "multiboot", "bzimage", "elf", "flat"]),
+@click.option("--format", "kind", type=click.Choice(["boot-sector", "multiboot", "bzimage", "elf", "rom", "flat"]),
               default=None, help="What the image is; found out unless given.")
 @click.option("--bits", type=click.Choice(["16", "32", "64"]), default=None,
               help="Flat code: the mode it starts in [16].")

@@ -1,4 +1,4 @@
-"""`why`: where a guest stands, or how it ended: registers, mode, code, last exits."""
+"""`why`: where a guest stands, or how it ended: registers, mode, code, last exits, POST codes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def _lines(name: str, answer: dict[str, Any], now_unix_s: float) -> list[str]:
         lines += ["", *register_lines(registers)]
     if report is not None and report["exits"]:
         lines += ["", "Last exits, the newest last:", *exit_lines(report["exits"])]
+    if report is not None and report["post"]:
+        lines += ["", "POST codes, the newest last: " + " ".join(f"{code:02X}" for code in report["post"])]
     if report is None and not registers:
         lines.append("Nothing is known of its registers and code: " + (
             "it has not run yet" if answer["state"] == "defined" else "its worker did not say"))

@@ -42,6 +42,7 @@ from .model import (
     GuestBoot,
     HostConfig,
     MetricsConfig,
+    RomBoot,
     SchedulerConfig,
     VmConfig,
 )
@@ -64,7 +65,7 @@ _SECTIONS: Final[Mapping[str, type[BaseModel]]] = {
     "host": HostConfig, "scheduler": SchedulerConfig, "metrics": MetricsConfig,
 }
 _BOOTS: Final[Mapping[str, type[BaseModel]]] = {
-    "disk": DiskBoot, "flat": FlatBoot, "guest": GuestBoot,
+    "disk": DiskBoot, "flat": FlatBoot, "guest": GuestBoot, "rom": RomBoot,
 }
 
 

@@ -62,6 +62,7 @@ __all__ = [
     "GuestInfo",
     "HostConfig",
     "MetricsConfig",
+    "RomBoot",
     "SchedulerConfig",
     "VmConfig",
     "format_cpus",
@@ -81,6 +82,8 @@ WORKING_SET_DEFAULT: Final = 256 * KIB
 WORKING_SET_MAX: Final = GIB
 PAGE_BYTES: Final = 4096
 FLOPPY_MAX_BYTES: Final = 2880 * KIB   # a larger image is a hard disk
+ROM_MAX_BYTES: Final = 256 * KIB       # what fits between KVM's own pages and 4 GiB
+POST_PORTS: Final = (0x80, 0x190)      # where BIOSes and test ROMs say how far they are
 MEMORY_MIN_BYTES: Final = 64 * KIB
 MEMORY_MAX_BYTES: Final = 1024 * GIB
 CPU_MAX: Final = 8191                  # CONFIG_NR_CPUS of the largest kernels in use
@@ -375,6 +378,33 @@ class FlatBoot(_Table):
         return self.load if self.entry is None else self.entry
 
 
+class RomBoot(_Table):
+    """Start from the reset vector of a ROM image: a BIOS, or a test that runs in place of one."""
+
+    rom: FilePath = Field(description="ROM image, relative to this file: whole pages of 4K, at most 256K. It "
+                                      "ends at 4 GiB, and a copy of its last 128K at 1 MiB; both are writable.")
+    post: Annotated[Whole, Between(0, 0xFFFF)] | None = Field(
+        default=None,
+        description="Port to which the ROM writes its POST codes; default: 0x80 and 0x190 are both taken for it.")
+
+    @field_validator("rom")
+    @classmethod
+    def _locate(cls, value: Path, info: ValidationInfo) -> Path:
+        return _located(value, info)
+
+    @property
+    def kind(self) -> Literal["rom"]:
+        return "rom"
+
+    @property
+    def image(self) -> Path:
+        return self.rom
+
+    @property
+    def post_ports(self) -> tuple[int, ...]:
+        return POST_PORTS if self.post is None else (self.post,)
+
+
 class GuestBoot(_Table):
     """Run one of the built-in guests."""
 
@@ -418,14 +448,14 @@ class GuestBoot(_Table):
         return {key: value for key, value in given.items() if value is not None}
 
 
-BOOT_KINDS: Final = ("disk", "flat", "guest")
+BOOT_KINDS: Final = ("disk", "flat", "guest", "rom")
 BOOT_ALLOWED: Final = (
-    'exactly one of { disk = "FILE" }, { flat = "FILE" } and { guest = "NAME" }')
+    'exactly one of { disk = "FILE" }, { flat = "FILE" }, { rom = "FILE" } and { guest = "NAME" }')
 TAG_PREFIX: Final = "boot:"            # load.py takes such parts out of an error's place
 
 
 def _boot_tag(value: object) -> str | None:
-    if isinstance(value, DiskBoot | FlatBoot | GuestBoot):
+    if isinstance(value, DiskBoot | FlatBoot | GuestBoot | RomBoot):
         return TAG_PREFIX + value.kind
     if isinstance(value, Mapping):
         kinds = [kind for kind in BOOT_KINDS if kind in value]
@@ -437,7 +467,8 @@ def _boot_tag(value: object) -> str | None:
 BootConfig = Annotated[
     Annotated[DiskBoot, Tag("boot:disk")]
     | Annotated[FlatBoot, Tag("boot:flat")]
-    | Annotated[GuestBoot, Tag("boot:guest")],
+    | Annotated[GuestBoot, Tag("boot:guest")]
+    | Annotated[RomBoot, Tag("boot:rom")],
     Discriminator(
         _boot_tag, custom_error_type="not_allowed", custom_error_message="allowed: {allowed}",
         custom_error_context={"allowed": BOOT_ALLOWED}),

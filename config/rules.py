@@ -21,6 +21,8 @@ from typing import Final, Literal
 from .locate import Place
 from .model import (
     GUESTS,
+    PAGE_BYTES,
+    ROM_MAX_BYTES,
     HostConfig,
     VmConfig,
     format_cpus,
@@ -31,6 +33,7 @@ from .model import (
 __all__ = ["Finding", "HostLimits", "ImageFacts", "findings", "host_findings", "image_findings"]
 
 SECTOR_BYTES: Final = 512
+ROM_MEMORY_BYTES: Final = (1 << 20, 3 << 30)     # its copy ends at 1 MiB, and memory must end below the ROM
 REAL_MODE_END: Final = 0x10FFF0    # FFFF:FFFF + 1, the last byte that real mode reaches
 
 
@@ -114,6 +117,11 @@ def _one(at: Place, vm: VmConfig) -> Iterator[Finding]:
                 why = "what real mode reaches" if end < vm.memory else "its memory"
                 yield Finding((*at, "boot", key), "address-outside-memory", hex(address),
                               f"below {hex(end)}, the end of {why}", rests_on=("memory",))
+    elif boot.kind == "rom":
+        low, high = ROM_MEMORY_BYTES
+        if not low <= vm.memory <= high:
+            yield Finding((*at, "memory"), "memory-not-for-a-rom", format_size(vm.memory),
+                          f"{format_size(low)} to {format_size(high)} for a machine with a ROM")
     elif boot.kind == "guest":
         info = GUESTS[boot.guest]
         for key in boot.parameters:
@@ -206,6 +214,10 @@ def image_findings(vms: Vms, images: Mapping[int, ImageFacts]) -> Iterator[Findi
         elif boot.kind == "disk" and image.size_bytes < SECTOR_BYTES:
             yield Finding(at, "image-too-small", f"{path} of {image.size_bytes} bytes",
                           f"at least one sector of {SECTOR_BYTES} bytes, the boot sector")
+        elif boot.kind == "rom" and (image.size_bytes % PAGE_BYTES or image.size_bytes > ROM_MAX_BYTES):
+            yield Finding(at, "rom-of-no-size", f"{path} of {image.size_bytes} bytes",
+                          f"whole pages of {PAGE_BYTES} bytes, at most {ROM_MAX_BYTES} bytes in all, the reset vector "
+                          "16 bytes before the end")
         elif boot.kind == "flat" and boot.load + image.size_bytes > vm.memory > boot.load:
             yield Finding(
                 at, "image-larger-than-memory",

@@ -71,7 +71,7 @@ def configuration() -> str:
     titles = {"HostConfig": "[host]", "SchedulerConfig": "[scheduler]", "MetricsConfig": "[metrics]",
               "VmConfig": "[[vm]]", "DiskBoot": "boot = { disk = ... }",
               "DiskConfig": "disks = [{ disk = ... }]", "FlatBoot": "boot = { flat = ... }",
-              "GuestBoot": "boot = { guest = ... }"}
+              "GuestBoot": "boot = { guest = ... }", "RomBoot": "boot = { rom = ... }"}
     lines: list[str] = []
     for name, title in titles.items():
         lines += [f"## `{title}`", "", *_rows(definitions[name]), ""]

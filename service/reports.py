@@ -29,7 +29,7 @@ class Counts:
 _LINE: Final = (int, str, str)                   # address, bytes in hex, text
 SHAPES: Final[dict[str, Any]] = {
     "where": {"mode": str, "place": str, "address": int, "instruction": str, "registers": Counts,
-              "code": [_LINE], "exits": [(str, int, str)]},
+              "code": [_LINE], "exits": [(str, int, str)], "post": [int]},
     "exits": {"total": int, "places": int, "sites": [
         {"reason": str, "address": int, "mnemonic": str, "instruction": str, "mode": str, "count": int}]},
     "profile": {},

@@ -180,6 +180,8 @@ def test_a_name_that_could_not_be_a_file_or_a_label_is_refused(tmp_path: Path, n
     ('{ disk = "" }', "boot.disk"),
     ('{ disk = "x", bits = 16 }', "boot.bits"),
     ('{ flat = "x", bits = 8 }', "boot.bits"),
+    ('{ rom = "x", post = 65536 }', "boot.post"),
+    ('{ rom = "x", disk = "y" }', "boot"),
 ])
 def test_each_fault_of_boot_is_one_problem(tmp_path: Path, boot: str, key: str) -> None:
     problem = only(check(written(tmp_path, vm("", boot=boot))))

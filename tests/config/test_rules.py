@@ -52,6 +52,17 @@ def test_a_flat_image_starts_inside_memory_and_where_its_mode_reaches(tmp_path: 
         ("boot.entry", "address-outside-memory")]
 
 
+def test_a_rom_is_whole_pages_and_needs_memory_below_and_around_it(tmp_path: Path) -> None:
+    for name, size in (("rom", 0x10000), ("odd", 0x10001), ("large", 0x41000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert codes(tmp_path, vm("", boot='{ rom = "rom", post = 0x190 }')) == []
+    assert codes(tmp_path, vm("", boot='{ rom = "odd" }')) == [("boot.rom", "rom-of-no-size")]
+    assert codes(tmp_path, vm("", boot='{ rom = "large" }')) == [("boot.rom", "rom-of-no-size")]
+    for memory in ("512K", "4G"):
+        assert codes(tmp_path, vm(f'memory = "{memory}"', boot='{ rom = "rom" }')) == [
+            ("memory", "memory-not-for-a-rom")]
+
+
 @pytest.mark.parametrize(("head", "extra", "expected"), [
     ('[host]\ncpus = "0-4"\n', "", [("cpus", "no-such-cpu")]),
     ("", 'cpus = "9"', [("cpus", "no-such-cpu")]),

@@ -1,6 +1,6 @@
 """A boot image as pieces of memory and the points at which execution starts.
 
-Theory.  Four ways to boot, told apart by what the bytes say:
+Theory.  Five ways to boot, told apart by what the bytes say:
 
 boot sector   55 AA at 510: the first sector at 0000:7C00, in real mode
 multiboot 1   the magic number in the first 8 KiB: ELF segments, or the header's own addresses; entered in
@@ -8,6 +8,8 @@ multiboot 1   the magic number in the first 8 KiB: ELF segments, or the header's
 bzImage       `HdrS` at 0x202: the real-mode setup at 9000:0000, entered at 9020:0000, and the
               compressed kernel at its `code32_start` (1 MiB), entered there in 32-bit mode and, where
               the header says so, 0x200 behind it in 64-bit mode
+ROM           ends at 1 MiB (the copy of what ends at 4 GiB); entered at F000:FFF0 in real mode. Known by its size, and
+              by the jump that stands there
 flat          bytes at an address, in the mode one says
 
 Invariants.  Total over any bytes: an `ImageError` with one sentence, or an image whose pieces are all
@@ -26,8 +28,8 @@ from typing import Final, Literal
 
 __all__ = ["FORMATS", "LIMIT", "Entry", "Format", "Image", "ImageError", "load", "read_image"]
 
-Format = Literal["boot-sector", "multiboot", "bzimage", "elf", "flat"]
-FORMATS: Final = ("boot-sector", "multiboot", "bzimage", "elf", "flat")
+Format = Literal["boot-sector", "multiboot", "bzimage", "elf", "rom", "flat"]
+FORMATS: Final = ("boot-sector", "multiboot", "bzimage", "elf", "rom", "flat")
 LIMIT: Final = 64 << 20
 BOOT_SECTOR: Final = 0x7C00
 SECTOR: Final = 512
@@ -35,6 +37,10 @@ _MULTIBOOT: Final = 0x1BAD_B002
 _MULTIBOOT_SEARCH: Final = 8192
 _SETUP_SEGMENT: Final = 0x9000
 _CODE32: Final = 0x10_0000
+_ROM_SIZES: Final = (64 << 10, 128 << 10, 256 << 10)
+_ROM_BELOW_1_MIB: Final = 128 << 10
+_RESET_BYTES: Final = 16               # from the reset vector to the end
+_JUMPS: Final = (0xEA, 0xE9, 0xEB)
 _SEGMENTS_MAX: Final = 128             # program headers looked at; a kernel has a handful
 
 
@@ -109,7 +115,7 @@ def read_image(
         raise ImageError(f"--{given[0]} is for flat images; this one is read as {kind}, which says it by itself")
     if kind == "flat":
         return _flat(data, size, 16 if bits is None else bits, 0x10000 if base is None else base, entry)
-    readers = {"boot-sector": _boot_sector, "multiboot": _multiboot, "bzimage": _bzimage, "elf": _elf}
+    readers = {"boot-sector": _boot_sector, "multiboot": _multiboot, "bzimage": _bzimage, "elf": _elf, "rom": _rom}
     if kind not in readers:
         raise ImageError(f"there is no image format {kind!r}; there are {', '.join(FORMATS)}")
     return readers[kind](data, size)
@@ -124,8 +130,10 @@ def _recognize(data: bytes) -> str:
         return "elf"
     if data[510:512] == b"\x55\xAA":
         return "boot-sector"
-    raise ImageError("this is no boot sector (no 55 AA at byte 510), multiboot kernel, ELF file or bzImage; if it is "
-                     "flat code, say --bits 16, 32 or 64 and --base ADDRESS")
+    if len(data) in _ROM_SIZES and data[-_RESET_BYTES] in _JUMPS:
+        return "rom"
+    raise ImageError("this is no boot sector (no 55 AA at byte 510), multiboot kernel, ELF file, bzImage or ROM; "
+                     "if it is flat code, say --bits 16, 32 or 64 and --base ADDRESS")
 
 
 def _flat(data: bytes, size: int, bits: int, base: int, entry: int | None) -> Image:
@@ -147,6 +155,13 @@ def _boot_sector(data: bytes, size: int) -> Image:
     if data[510:512] != b"\x55\xAA":
         raise ImageError("this is no boot sector: there is no 55 AA at byte 510")
     return Image("boot-sector", size, (Entry(16, 0, BOOT_SECTOR, "boot sector"),), [(BOOT_SECTOR, data[:SECTOR])])
+
+
+def _rom(data: bytes, size: int) -> Image:
+    if not _RESET_BYTES <= len(data) == size <= _ROM_SIZES[-1]:
+        raise ImageError(f"this is no ROM: it has {size} bytes, and a ROM at most {_ROM_SIZES[-1]}")
+    low = data[-_ROM_BELOW_1_MIB:]
+    return Image("rom", size, (Entry(16, 0xF_0000, 0xFFF0, "reset vector"),), [(0x10_0000 - len(low), low)])
 
 
 def _multiboot_header(data: bytes) -> int | None:

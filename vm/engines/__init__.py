@@ -1,6 +1,6 @@
 """The micro-VM engines by name, each behind the `Cpu` of `base`.
 
-`ENGINES[name](memory, bus, exits)` makes a vCPU or raises `HostLimit` (the host lacks
+`ENGINES[name](memory, bus, exits, rom)` makes a vCPU or raises `HostLimit` (the host lacks
 something) or `EngineError`, with a text that says what to do.  An engine's libraries are
 imported only when it is asked for: a host without Unicorn still runs `kvm` guests.
 """
@@ -16,12 +16,12 @@ from .base import Bus, Cpu, EngineError
 __all__ = ["ENGINES", "create"]
 
 
-def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview) -> Cpu:
+def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:
     from .kvm.engine import create
-    return create(memory, bus, exits)
+    return create(memory, bus, exits, rom=rom)
 
 
-def _software(memory: mmap.mmap, bus: Bus, exits: memoryview) -> Cpu:
+def _software(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:
     try:
         from .software.engine import create
     except ImportError as error:
@@ -29,17 +29,17 @@ def _software(memory: mmap.mmap, bus: Bus, exits: memoryview) -> Cpu:
             f"the software engine needs the Python package unicorn ({error}): pip install"
             " 'unicorn==2.1.4'"
         ) from error
-    return create(memory, bus, exits)
+    return create(memory, bus, exits, rom=rom)
 
 
-ENGINES: Final[Mapping[str, Callable[[mmap.mmap, Bus, memoryview], Cpu]]] = {
+ENGINES: Final[Mapping[str, Callable[..., Cpu]]] = {
     "kvm": _kvm,
     "software": _software,
 }
 
 
-def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview) -> Cpu:
+def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:
     """A vCPU of the engine *name*. See `base.Cpu` for the arguments."""
     if name not in ENGINES:
         raise EngineError(f"no engine {name!r}: there are {', '.join(ENGINES)}")
-    return ENGINES[name](memory, bus, exits)
+    return ENGINES[name](memory, bus, exits, rom)

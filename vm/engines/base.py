@@ -221,9 +221,10 @@ class Bus(Protocol):
 
 
 class Cpu(Protocol):
-    """One vCPU. Made by an engine's `create(memory, bus, exits)`; not thread-safe.
+    """One vCPU. Made by an engine's `create(memory, bus, exits, rom=None)`; not thread-safe.
 
-    `memory`: a writable shared mmap, guest-physical 0 upwards. `exits`: a memoryview of 'Q'
+    `memory`: a writable shared mmap, guest-physical 0 upwards. `rom`: whole pages that end at 4 GiB, at most 256 KiB,
+    writable as shadow RAM is (Unicorn cannot drop a write). `exits`: a memoryview of 'Q'
     with len(ExitKind) counters, incremented by the engine at every exit.
 
     `watch` is called at every exit that an instruction causes, with its kind, whether the instruction

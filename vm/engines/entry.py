@@ -31,9 +31,9 @@ import mmap
 import struct
 from typing import Final
 
-from .base import RIP, RSP, CpuState, DescriptorTable, EngineError, Segment
+from .base import RDX, RIP, RSP, CpuState, DescriptorTable, EngineError, Segment
 
-__all__ = ["FLAT_IMAGE_MIN", "flat_state"]
+__all__ = ["FLAT_IMAGE_MIN", "flat_state", "reset_state"]
 
 FLAT_IMAGE_MIN: Final = 0x8000
 GIB: Final = 1 << 30
@@ -71,6 +71,15 @@ def flat_state(memory: mmap.mmap, bits: int, entry: int) -> CpuState:
     if len(memory) < FLAT_IMAGE_MIN:
         raise EngineError(f"{bits}-bit flat guests need {FLAT_IMAGE_MIN} bytes of memory at least")
     return _protected(memory, entry) if bits == 32 else _long(memory, entry)
+
+
+def reset_state() -> CpuState:
+    """A processor after RESET: real mode at F000:FFF0, where CS still has its base at the top of 4 GiB."""
+    state = CpuState(cr0=0x6000_0010)
+    state.cs = Segment(selector=0xF000, base=0xFFFF_0000, type=11)
+    state.gpr[RIP] = 0xFFF0
+    state.gpr[RDX] = 0x600                 # family 6: what CPUID says of family and model
+    return state
 
 
 def _real(entry: int) -> CpuState:

@@ -53,7 +53,7 @@ class _Outside(Exception):
     pass
 
 
-def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> FakeCpu:
+def create(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> FakeCpu:
     return FakeCpu(memory, bus, exits)
 
 

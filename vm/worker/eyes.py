@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from ..code import decode
@@ -33,10 +33,11 @@ SITES_TOLD: Final = 256                # of the ledger's places in one answer
 class Eyes:
     """`stopped` must be called after each `Cpu.run`; `close` before the process does something else."""
 
-    def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage) -> None:
+    def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage, post_codes: Iterable[int]) -> None:
         self._memory = memory
         self._cpu = cpu
         self._status = status
+        self._post_codes = post_codes
         self.ledger = Ledger(memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block")
         cpu.watch = self.ledger.note
         self._sampler: Sampler | None = None
@@ -52,7 +53,7 @@ class Eyes:
     # -- where it stands ---------------------------------------------------------------------
 
     def where(self) -> dict[str, Any]:
-        """Mode, place, registers, the code around and the last exits: of one moment."""
+        """Mode, place, registers, the code around, the last exits and POST codes: of one moment."""
         state = self._cpu.get_state()
         lines = decode.listing(self._memory, state)
         return {
@@ -60,6 +61,7 @@ class Eyes:
             "instruction": decode.describe(self._memory, state), "registers": flatten(state),
             "code": [[line.address, line.code.hex(), line.text] for line in lines],
             "exits": [[*list(site.to_json().values())[:2], site.text] for site in self.ledger.last()],
+            "post": list(self._post_codes),
         }
 
     # -- exits -------------------------------------------------------------------------------

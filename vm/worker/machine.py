@@ -22,8 +22,10 @@ and one store, some 200 ns, as against 2 us (software) to 66 us (PVM) for the ex
 | 40-43 61 | interval timer, speaker gate |
 | 60 64 92 | keyboard controller, system control |
 | 70-71 | CMOS: time, date, memory size |
-| 80 E0-E3 E9 F4 | POST code, echo, debug output, exit |
+| 80 E0-E3 E9 F4 | POST code (other ports too, where the VM says so), echo, debug output, exit |
+| 402 | debug output of BIOSes, joins that of E9 |
 | B0 | BIOS calls (boot from disk only) |
+| 278-27A 378-37A 3BC-3BE | printer ports, whose output joins that of the debug port |
 | 3C0-3DF | text display |
 | 3F8-3FF | serial port |
 | CF8-CFF | PCI configuration: ones, there is no bus |
@@ -45,6 +47,7 @@ from .devices.board import Board
 from .devices.cmos import Cmos
 from .devices.disk import Disk
 from .devices.keyboard import Keyboard
+from .devices.parallel import Parallel
 from .devices.pic import Interrupts
 from .devices.serial import Serial
 from .devices.timer import Timer
@@ -86,6 +89,7 @@ class Machine:
     def __init__(
         self, memory: GuestMemory, clock: Clock, count: Callable[[str, int], None],
         disks: Sequence[Disk] = (), alarm: Callable[[int | None], None] = lambda _ns: None,
+        post_ports: Iterable[int] = (0x80,),
     ) -> None:
         self.memory = memory
         self.ending: MachineEnding | None = None
@@ -107,8 +111,13 @@ class Machine:
         interrupts.masking, interrupts.programmed = self.poll, self._schedule
         self._reads: dict[int, Callable[[], int]] = {}
         self._writes: dict[int, Callable[[int], None]] = {}
+        board = Board(self.serial.put, self.end)
         self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial,
-                    Board(self.serial.put, self.end))
+                    Parallel(self.serial.put), board)
+        for port in post_ports:
+            self._reads.setdefault(port, ones)
+            self._watch_post(port, board)
+        self.post_codes = board.post_codes
         self.bios: Bios | None = None
         if disks:
             self.bios = Bios(memory, clock, vga=self.vga, keyboard=self.keyboard,
@@ -123,6 +132,16 @@ class Machine:
             for port, read, write in device.ports():
                 self._reads[port] = read
                 self._writes[port] = write
+
+    def _watch_post(self, port: int, board: Board) -> None:
+        """POST codes are also written to a port that does something: both then happen."""
+        write = self._writes.get(port, nothing)
+
+        def both(value: int) -> None:
+            board.post(value)
+            write(value)
+
+        self._writes[port] = both
 
     def attach(self, cpu: Cpu) -> None:
         """The vCPU, before it runs: engines are made with the bus, so it comes second."""

@@ -74,6 +74,8 @@ ALARM_MIN_S: Final = 50e-6                        # a guest may ask for a tick e
 INTERRUPT_FLAG: Final = 0x200
 BIOS_MEMORY_BYTES: Final = 1 << 20
 WARM_MEMORY_BYTES: Final = 1 << 20
+ROM_MAX_BYTES: Final = 256 << 10                  # what the engines have room for
+ROM_COPY_BYTES: Final = 128 << 10                 # of a ROM's end, seen below 1 MiB too
 
 # ExitReason -> (code, is it the guest's own doing)
 _CRASHES: Final = {
@@ -116,15 +118,16 @@ class Worker:
             "calls": self._calls,
         }
         disks = self._load()
-        self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm)
+        rom = self._load_rom() if spec.boot == "rom" else None
+        self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm, post_ports=spec.post_ports)
         try:
-            self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits)
+            self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits, rom)
         except HostLimit as error:
             raise StartFailed("host-busy" if error.busy else "host-limit", str(error)) from error
         except EngineError as error:
             raise StartFailed("engine", str(error)) from error
         self.machine.attach(self.cpu)
-        self.eyes = Eyes(memory, self.cpu, status)
+        self.eyes = Eyes(memory, self.cpu, status, self.machine.post_codes)
         self._requests |= self.eyes.requests
         self.cpu.set_state(self._first_state())
 
@@ -164,6 +167,8 @@ class Worker:
             if not isinstance(boot_sector, bytes):
                 raise StartFailed("image", "the boot sector of the disk to boot from cannot be read")
             self._memory.poke(BOOT_SECTOR, boot_sector)
+        elif spec.boot == "rom":
+            disks = []
         else:
             disks = []
             if spec.builtin is not None:
@@ -182,7 +187,24 @@ class Worker:
                 raise StartFailed("memory", f"the poke at {address:#x} lies outside memory")
         return disks
 
+    def _load_rom(self) -> mmap.mmap:
+        """The ROM that ends at 4 GiB; its end is copied to below 1 MiB."""
+        if self._memory.size < BIOS_MEMORY_BYTES:
+            raise StartFailed("memory", "a VM with a ROM needs at least 1 MiB of memory, it has"
+                                        f" {self._memory.size} bytes")
+        size = os.fstat(self._image_fds[0]).st_size
+        if not 0 < size <= ROM_MAX_BYTES or size % mmap.PAGESIZE:
+            raise StartFailed("image", f"the ROM has {size} bytes: it must be whole pages of {mmap.PAGESIZE} bytes, at"
+                                       f" most {ROM_MAX_BYTES}")
+        rom = mmap.mmap(-1, size)
+        rom[:] = os.pread(self._image_fds[0], size, 0).ljust(size, b"\xFF")
+        low = rom[-min(size, ROM_COPY_BYTES):]
+        self._memory.poke(BIOS_MEMORY_BYTES - len(low), low)
+        return rom
+
     def _first_state(self) -> CpuState:
+        if self._spec.boot == "rom":
+            return entry.reset_state()
         if not self.machine.disks:
             return entry.flat_state(self._raw, self._spec.bits, self._spec.entry)
         state = CpuState()
@@ -254,7 +276,8 @@ class Worker:
             return None
         if left.reason is ExitReason.HALTED:
             if not left.interrupts_on:
-                return Ending("stopped", "the guest halted with interrupts off", "halted",
+                last = f" after POST code {self.machine.post_codes[-1]:02X}h" if self.machine.post_codes else ""
+                return Ending("stopped", f"the guest halted with interrupts off{last}", "halted",
                               registers=self._registers(), report=self.eyes.where())
             self._halted = True
             return None

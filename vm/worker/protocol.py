@@ -19,7 +19,7 @@ an offset that has left the ring is moved up to the oldest byte kept),
 (BIOS calls so far, the 2048 most frequent kinds; of the first 16384 in order, repeats collapsed, at most 4096
 from `trace_from`);
 `where` -> {mode, place, address, instruction, registers, code: [[address, hex, text], ...], exits: [[reason,
-address, text], ...]} (the code around CS:RIP; the newest exits, the newest last),
+address, text], ...], post: [code, ...]} (the code around CS:RIP; the newest exits and POST codes, the newest last),
 `exits` {limit: int} -> {total, places, sites: [{reason, address, mnemonic, instruction, mode, count}, ...]},
 `profile` {hz: int, duration_s: number} -> {} (starts), `profile-end` -> {samples, rings, modes, hot, code, ...}
 (vm/worker/eyes.py).
@@ -83,12 +83,13 @@ class WorkerSpec:
     name: str
     engine: Literal["kvm", "software"]
     memory_bytes: int
-    boot: Literal["flat", "disk"]
+    boot: Literal["flat", "disk", "rom"]
     disks: list[DiskSpec] = field(default_factory=list["DiskSpec"])     # none: one, read-only
     builtin: str | None = None                # name in vm/guests; boots flat, or as a boot sector
     bits: Literal[16, 32, 64] = 16            # flat: the mode the vCPU starts in
     load: int = 0x10000                       # flat: guest-physical address of the first byte
     entry: int = 0x10000                      # flat: where execution starts (linear)
+    post_ports: list[int] = field(default_factory=lambda: [0x80])     # where the guest writes its POST codes
     pokes: list[tuple[int, int]] = field(default_factory=list)  # (address, u64) before start
     sandbox: bool = True                      # nobody, namespaces, seccomp as far as permitted
     started_paused: bool = False

@@ -286,3 +286,14 @@ def test_a_damaged_image_is_scanned_or_refused(which, changes, cut):
     except ImageError:
         return
     assert scan(image).instructions >= 0
+
+
+def test_a_rom_is_known_by_its_size_and_the_jump_at_its_reset_vector():
+    rom = bytearray(b"\xFF" * 0x20000)
+    rom[0x10000:0x10003] = bytes.fromhex("FA 0F 20")            # at F000:0000: cli, mov eax, cr0
+    rom[0x10003] = 0xC0
+    rom[-16:-11] = bytes.fromhex("EA000000F0")
+    image = read_image(bytes(rom))
+    assert (image.format, image.entries[0].linear) == ("rom", 0xFFFF0)
+    assert image.read(0xF0000, 2) == b"\xFA\x0F"
+    assert image.read(0xE0000, 1) == b"\xFF"

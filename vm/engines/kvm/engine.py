@@ -62,6 +62,7 @@ __all__ = ["KvmCpu", "create"]
 # Three pages and one page that VT-x hosts without unrestricted guest need: below the BIOS area.
 TSS_ADDRESS: Final = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
+FOUR_GIB: Final = 1 << 32                # where a ROM ends; at most 256 KiB lie above the pages above
 MEMORY_MAX: Final = 0xFEE0_0000          # the local APIC's page: nothing of ours goes beyond
 
 _IMMEDIATE_EXIT: Final = abi.RUN_OFFSETS["immediate_exit"]
@@ -84,31 +85,33 @@ _X87_AND_SSE: Final = 3
 _FXSAVE: Final = struct.Struct("<HHBxHQQI4x")
 
 
-def create(memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = None) -> KvmCpu:
+def create(memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = None,
+           rom: mmap.mmap | None = None) -> KvmCpu:
     """A vCPU over *memory*. Raises HostLimit where /dev/kvm cannot be used.
 
     *device*: /dev/kvm where somebody else has opened it; it is closed by this, also in case of an error.
     """
-    return KvmCpu(memory, bus, exits, device)
+    return KvmCpu(memory, bus, exits, device, rom)
 
 
 class KvmCpu:
     stops_at = "instruction"
 
-    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = None) -> None:
+    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = None,
+                 rom: mmap.mmap | None = None) -> None:
         self._kvm = Kvm(fd=device)
         try:
-            self._build(memory, bus, exits)
+            self._build(memory, bus, exits, rom)
         except BaseException:
             self._kvm.close()
             raise
 
-    def _build(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
+    def _build(self, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None) -> None:
         if len(memory) > MEMORY_MAX or len(memory) % mmap.PAGESIZE:
             raise EngineError(
                 f"memory of {len(memory)} bytes: the kvm engine takes whole pages up to"
                 f" {MEMORY_MAX} bytes")
-        self._memory = memory
+        self._memory, self._rom = memory, rom          # the mappings must live as long as we do
         self._bus = bus
         self._exits = exits
         self.watch: Watch = nobody
@@ -121,6 +124,8 @@ class KvmCpu:
             self._vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             self._vm.set_tss_address(TSS_ADDRESS)
             self._vm.set_memory(0, 0, memory)
+            if rom is not None:
+                self._vm.set_memory(1, FOUR_GIB - len(rom), rom)
             self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
             self._vcpu.set_cpuid(_processor(self._kvm.supported_cpuid()))
             # As Unicorn has it, and so far from KVM's own zero that it is not taken for a slip of synchronisation.

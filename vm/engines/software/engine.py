@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import Final
+from typing import Any, Final
 
 from unicorn import unicorn_const, x86_const
 
@@ -39,6 +39,7 @@ from .state import Registers
 __all__ = ["SoftwareCpu", "create"]
 
 PHYSICAL_END: Final = 1 << 52
+FOUR_GIB: Final = 1 << 32
 _WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17))
 _INVALID_OPCODE: Final = 6
 _INTERRUPT_FLAG: Final = 0x200
@@ -58,19 +59,19 @@ _WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
                           ctypes.c_void_p)
 
 
-def create(memory: mmap.mmap, bus: Bus, exits: memoryview) -> SoftwareCpu:
+def create(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> SoftwareCpu:
     """A vCPU over *memory*. Raises EngineError when Unicorn is not the version it must be."""
-    return SoftwareCpu(memory, bus, exits)
+    return SoftwareCpu(memory, bus, exits, rom)
 
 
 class SoftwareCpu:
     stops_at = "block"
 
-    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview) -> None:
+    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> None:
         if len(memory) % mmap.PAGESIZE:
             raise EngineError(
                 f"memory of {len(memory)} bytes: the software engine takes whole pages")
-        self._memory = memory
+        self._memory, self._rom = memory, rom          # the mappings must live as long as we do
         self._bus = bus
         self._exits = exits
         self.watch: Watch = nobody
@@ -107,12 +108,24 @@ class SoftwareCpu:
         identity = ctypes.cast(told, ctypes.c_void_p).value
         assert identity is not None
         unicorn.hook(unicorn_const.UC_HOOK_INSN, identity, instruction=x86_const.UC_X86_INS_CPUID)      # OWN_CPUID
-        unicorn.map_hole(len(memory), PHYSICAL_END, _READ(self._mmio_read),
-                         _WRITE(self._mmio_write))
+        self._map_holes(rom)
         self._kick_addresses = (native.address + native.STOP, native.address + native.KICKED)
         for address in self._kick_addresses:
             kick.register(address)
         self.set_whole(WholeState(tsc=read_tsc()))
+
+    def _map_holes(self, rom: mmap.mmap | None) -> None:
+        """All that is neither memory nor ROM goes to the bus."""
+        unicorn, first = self._unicorn, len(self._memory)
+        if rom is not None:
+            start = FOUR_GIB - len(rom)
+            if len(rom) % mmap.PAGESIZE or first > start:
+                raise EngineError(f"a ROM of {len(rom)} bytes beside memory of {first} bytes: it is whole pages, and"
+                                  " memory ends below it")
+            unicorn.map_rom(start, rom)
+            unicorn.map_hole(first, start, self._reader(first), self._writer(first))
+            first = FOUR_GIB
+        unicorn.map_hole(first, PHYSICAL_END, self._reader(first), self._writer(first))
 
     # -- running -----------------------------------------------------------------------------
 
@@ -266,23 +279,27 @@ class SoftwareCpu:
             self._pending_in = (size, value)
         return value
 
-    def _mmio_read(self, _uc: int, offset: int, size: int, _user: int) -> int:
-        self._exits[ExitKind.MMIO_READ] += 1
-        self.watch(ExitKind.MMIO_READ)
-        try:
-            value = self._bus.mmio_read(len(self._memory) + offset, size)
-            return value & ((1 << size * 8) - 1)
-        except BaseException as error:  # as above
-            self._keep_error(error)
-            return 0
+    def _reader(self, first: int) -> Any:
+        """For a hole that starts at *first*: Unicorn tells the offset in it."""
+        def read(_uc: int, offset: int, size: int, _user: int) -> int:
+            self._exits[ExitKind.MMIO_READ] += 1
+            self.watch(ExitKind.MMIO_READ)
+            try:
+                return self._bus.mmio_read(first + offset, size) & ((1 << size * 8) - 1)
+            except BaseException as error:  # as above
+                self._keep_error(error)
+                return 0
+        return _READ(read)
 
-    def _mmio_write(self, _uc: int, offset: int, size: int, value: int, _user: int) -> None:
-        self._exits[ExitKind.MMIO_WRITE] += 1
-        self.watch(ExitKind.MMIO_WRITE)
-        try:
-            self._bus.mmio_write(len(self._memory) + offset, size, value & ((1 << size * 8) - 1))
-        except BaseException as error:  # as above
-            self._keep_error(error)
+    def _writer(self, first: int) -> Any:
+        def write(_uc: int, offset: int, size: int, value: int, _user: int) -> None:
+            self._exits[ExitKind.MMIO_WRITE] += 1
+            self.watch(ExitKind.MMIO_WRITE)
+            try:
+                self._bus.mmio_write(first + offset, size, value & ((1 << size * 8) - 1))
+            except BaseException as error:  # as above
+                self._keep_error(error)
+        return _WRITE(write)
 
     def _cpuid(self, _uc: int, _user: int) -> int:
         words = self._unicorn.words

@@ -255,6 +255,11 @@ class Unicorn:
             ctypes.c_uint64(1), ctypes.c_uint64(0), *extra)
         _check(status, "add a hook")
 
+    def map_rom(self, start: int, rom: mmap.mmap) -> None:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(rom))
+        _check(_lib.uc_mem_map_ptr(self.handle, start, len(rom), unicorn_const.UC_PROT_ALL,
+                                   ctypes.c_void_p(base)), "map the ROM")
+
     def map_hole(self, start: int, end: int, read: Any, write: Any) -> None:
         """All that is not memory; *read* and *write* are given the offset from *start*."""
         self._keep += [read, write]
