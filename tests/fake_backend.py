@@ -60,7 +60,8 @@ INSIDE: dict[str, dict[str, Any]] = {
         "report": {"mode": "32-bit protected mode, ring 0", "place": "0x10008", "address": 0x10008,
                    "instruction": "int3",
                    "code": [[0x10007, "ee", "out dx, al"], [0x10008, "cc", "int3"], [0x10009, "90", "nop"]],
-                   "exits": [["io_out", 0x10007, "out dx, al"]] * 3 + [["interrupt", 0x10008, "int3"]]}},
+                   "exits": [["io_out", 0x10007, "out dx, al"]] * 3 + [["interrupt", 0x10008, "int3"]],
+                   "post": [0x42]}},
     "exits": {"total": 2000, "places": 3, "sites": [
         _EXIT, {**_EXIT, "address": 0x20000, "count": 490},
         {**_EXIT, "reason": "halt", "mnemonic": "", "instruction": "(beyond the first 4096 places)", "mode": "",

@@ -47,7 +47,8 @@ def test_why_shows_reason_registers_code_and_last_exits(run):
     assert lines[1] == "It stood at 0x10008 in 32-bit protected mode, ring 0: int3"
     assert [line.split() for line in lines if line.startswith("→")] == [["→", "0x10008", "cc", "int3"]]
     assert any(line.split() == ["rip", "00010008", "rflags", "00000002"] for line in lines)
-    assert [line.split(maxsplit=2) for line in lines[-2:]] == [
+    assert lines[-1] == "POST codes, the newest last: 42"
+    assert [line.split(maxsplit=2) for line in lines[-4:-2]] == [
         ["io_out", "0x10007", "out dx, al   (3 times)"], ["interrupt", "0x10008", "int3"]]
 
 
