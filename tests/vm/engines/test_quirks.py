@@ -162,3 +162,23 @@ def test_exception_in_flight_is_cleared_before_every_start(machine):
     struct.pack_into("<i", unicorn.bytes, at, 14)
     machine.run("f4")
     assert struct.unpack_from("<i", unicorn.bytes, at)[0] == -1
+
+
+def test_busy_tss(machine):
+    """A far call through a gate to an inner ring, which aborts the process where TR's cache says busy."""
+    from mixvisor.vm.engines.base import DescriptorTable, Segment
+    from mixvisor.vm.engines.entry import flat_state
+    machine.poke(0x10000, bytes.fromhex("9A 00000000 2800"))                         # call 28:0
+    machine.poke(0x11000, b"\xF4")
+    state = flat_state(machine.memory, 32, 0x10000)
+    machine.poke(0x7000 + 0x28, bytes.fromhex("0010 0800 00 EC 0100"))               # gate to 8:11000, DPL 3
+    state.gdt = DescriptorTable(0x7000, 0x2F)
+    flat = {"limit": 0xFFFF_FFFF, "dpl": 3, "g": True, "db": True}
+    state.cs = Segment(selector=0x1B, type=11, **flat)
+    state.ss = state.ds = state.es = Segment(selector=0x23, **flat)
+    machine.poke(0x9004, struct.pack("<II", 0x8000, 0x10))
+    state.tr = Segment(selector=0x38, base=0x9000, limit=103, type=11, s=False)
+    machine.cpu.set_state(state)
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    after = machine.cpu.get_state()
+    assert (after.gpr[RIP], after.cs.dpl, after.ss.selector, after.tr.type) == (0x11001, 0, 0x10, 11)

@@ -31,6 +31,8 @@ RING_LOCK      `uc_reg_write` cannot lower the CPL and may crash on SS with an u
 HALF_REGISTERS In 16 and 32-bit mode the upper halves of registers read 0. The instance is always
                opened in 64-bit mode and put into real mode in place.
 STALE_CODE     Host writes over code that already ran are not seen: `forget`.
+BUSY_TSS       The cache of TR holds the type *available*, and a call through a gate to an inner ring aborts the
+               process on any other, or where TR is not present. `state.py` writes it so and tells it as busy.
 NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
 OWN_CPUID      CPUID tells of QEMU's processor: a hook answers with that of vm/engines/cpuid.py.
 FULL_STACK     A new instance has every x87 register in use (QEMU does not look, another engine does), and ST(n) cannot

@@ -32,6 +32,7 @@ _ORDER: Final = (0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16)
 PROTECTED, PAGING = 1, 1 << 31
 LMA, VM86 = 1 << 10, 1 << 17
 _IF: Final = 1 << 9
+_BUSY, _PRESENT = 2, 1 << 15               # of a task state segment's type; of a descriptor
 _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE = 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7
 _HF_TF, _HF_IOPL, _HF_LMA, _HF_CS64, _HF_VM = 1 << 8, 3 << 12, 1 << 14, 1 << 15, 1 << 17
 _HF_OSFXSR = 1 << 22
@@ -199,6 +200,7 @@ class Registers:
         state = CpuState(gpr=self.general())
         for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"):
             setattr(state, name, segment_of(*self.raw_segment(SEGMENTS[name])))
+        state.tr.type |= _BUSY                                        # BUSY_TSS
         for name in ("gdt", "idt"):
             _, base, limit, _ = self.raw_segment(SEGMENTS[name])
             setattr(state, name, DescriptorTable(base, limit & 0xFFFF))
@@ -209,8 +211,10 @@ class Registers:
     def set_state(self, state: CpuState) -> None:
         for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"):
             segment: Segment = getattr(state, name)
-            self.set_raw_segment(SEGMENTS[name], segment.selector, segment.base, segment.limit,
-                                 descriptor_flags(segment))
+            flags = descriptor_flags(segment)
+            if name == "tr":
+                flags = (flags | _PRESENT) & ~(_BUSY << 8)            # BUSY_TSS
+            self.set_raw_segment(SEGMENTS[name], segment.selector, segment.base, segment.limit, flags)
         for name in ("gdt", "idt"):
             table: DescriptorTable = getattr(state, name)
             self.set_raw_segment(SEGMENTS[name], 0, table.base, table.limit, 0)
