@@ -13,7 +13,7 @@ from .common import connect, output_option, print_json, print_table
 
 __all__ = ["policy", "set_"]
 
-VALUES: Final = {"weight": int, "cap": int, "reservation": int, "cpus": str, "policy": str,
+VALUES: Final = {"weight": int, "cap": int, "reservation": int, "latency": str, "cpus": str, "policy": str,
                  "mode_loss_max": float}         # any other key is a whole number
 
 
@@ -89,8 +89,9 @@ def policy(name: str | None, assignments: tuple[str, ...], output: str) -> None:
 def set_(name: str, assignments: tuple[str, ...], output: str) -> None:
     """Show or change how much CPU a VM gets, while it runs or before it starts.
 
-    KEY is weight (1 to 10000), cap or reservation (percent of one host CPU; 0: none) or cpus (such
-    as 0-3,6; all: all that VMs may use). All are changed, or none where one of them cannot be had.
+    KEY is weight (1 to 10000), cap or reservation (percent of one host CPU; 0: none), latency (low,
+    normal, high) or cpus (such as 0-3,6; all: all that VMs may use). All are changed, or none where
+    one of them cannot be had.
     The file is not changed: it holds again when the service is started anew.
 
     \b

@@ -209,11 +209,13 @@ def ps_table(
     wide, medium = width >= WIDE, width >= MEDIUM
     columns = [("VM", "left"), ("State", "left"), ("Mode", "left"), ("Why", "left"),
                *([("Engine", "left")] if wide else []), ("Weight", "right"),
+               *([("Latency", "left")] if any(vm.latency != "normal" for vm in vms) else []),
                *([("vCPUs", "right")] if wide else []), *([("Memory", "right")] if medium else []),
                *([("Pid", "right")] if wide else []), ("Up", "right"),
                *([("Console", "left")] if medium else [])]
     rows = [[vm.name, _state(vm), _mode(vm), vm.mode_rule, *([vm.engine] if wide else []),
-             str(vm.weight), *([str(len(vm.vcpus))] if wide else []),
+             str(vm.weight), *([vm.latency] if any(vm.latency != "normal" for vm in vms) else []),
+             *([str(len(vm.vcpus))] if wide else []),
              *([size(vm.memory_bytes)] if medium else []),
              *([str(vm.pid or NONE)] if wide else []), _up(vm, now),
              *([vm.console] if medium else [])] for vm in vms]

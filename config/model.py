@@ -528,6 +528,10 @@ class VmConfig(_Table):
     cpus: CpuList | None = Field(
         default=None, description='Host CPUs it may run on, such as "1" or "0-3,6". Default: all '
                                   "that VMs may use.")
+    latency: Literal["low", "normal", "high"] = Field(
+        default="normal",
+        description="How soon it gets the CPU once it wants it: low for whoever waits at a keyboard, high for "
+                    "work that may wait. No class gets more CPU time.")
     autostart: Flag = Field(default=True, description="Start it with the service.")
     restart: Literal["no", "on-failure", "always"] = Field(
         default="no", description="Whether it is started again after it ended by itself.")

@@ -93,6 +93,8 @@ class ScenarioVm(_Table):
         default=0, description="CPU time it is always given when it wants it.")
     cpus: CpuList | None = Field(
         default=None, description='Host CPUs it may run on, such as "0-3,6". Default: all.')
+    latency: Literal["low", "normal", "high"] = Field(
+        default="normal", description="How soon it gets the CPU once it wants it; no class gets more of it.")
     behaviour: Literal["busy", "interactive", "bursty", "io", "scripted"] = Field(
         default="busy",
         description="busy never sleeps; interactive, bursty and io run and sleep for exponentially "

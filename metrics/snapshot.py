@@ -77,6 +77,7 @@ class VmSnapshot:
     weight: int
     cap_pct: int                 # percent of one host CPU, 0 = none
     reservation_pct: int
+    latency: str                 # class: low, normal, high
     cpus: tuple[int, ...]        # host CPUs it may use
     memory_bytes: int
     resident_bytes: int

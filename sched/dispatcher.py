@@ -97,6 +97,7 @@ _GENERATION: Final = SLOT_FIELDS["generation"]
 _FLAGS: Final = SLOT_FIELDS["flags"]
 _RATE: Final = SLOT_FIELDS["rate"]
 _CAP: Final = SLOT_FIELDS["cap"]
+_LATENCY: Final = SLOT_FIELDS["latency"]
 _OWNED: Final = SLOT_FIELDS["owned_generation"]
 _CHARGED: Final = SLOT_FIELDS["charged_ns"]
 _LEAK: Final = SLOT_FIELDS["leak_ns"]
@@ -173,9 +174,11 @@ class _Vcpu:
     paused: bool = False
     fresh: bool = True               # has not been picked on this CPU yet
     ran: int = 0                     # since the last decision
-    doze_at: int = 0                 # overdrawn sleeper: when its debt is worn off
+    watched: bool = False            # a sleeper in debt, or one that says so and yet ran: may change any moment
+    doze_at: int = 0                 # overdrawn sleeper: when it may run at once again
     rate: int = 0
     cap: int = 0
+    latency: int = 0
     addresses: tuple[int | None, int | None] | None = None    # of its phase and progress words (steady.py)
 
 
@@ -191,12 +194,12 @@ class Dispatcher:
 
     # Beyond thirty attributes CPython gives up its fast access, except by slots.
     __slots__ = (
-        "_asked", "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit", "_debtors",
+        "_asked", "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit",
         "_decision", "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
         "_plain", "_queue", "_relevel", "_retry", "_ring", "_script", "_settings", "_shared", "_slice_breath",
         "_slice_edge_late",
         "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress", "_slice_start", "_states",
-        "_turn", "_vcpus", "_words",
+        "_turn", "_vcpus", "_watched", "_words",
     )
 
     def __init__(
@@ -239,7 +242,7 @@ class Dispatcher:
         self._early = self._slice_ns * 3 // 4
         self._states = linux.states_of(settings.kind)
         self._plain = settings.kind == "plain"
-        self._debtors: list[_Vcpu] = []    # those with a `doze_at`, and some that had one
+        self._watched: list[_Vcpu] = []    # looked at after every slice: see `_Vcpu.watched`
         for mode in range(len(MODES)):
             self._words[self._base + _RUNNABLE + mode] = 0
 
@@ -260,7 +263,7 @@ class Dispatcher:
             if words[_EPOCH] != self._epoch or self._retry:
                 self._sync(now)
             pick = self._pick
-            if explained and pick is not None and pick.awake and not self._debtors \
+            if explained and pick is not None and pick.awake and not self._watched \
                     and pick.status is not None and pick.status[_PHASE] not in _SLEEPING:
                 pick.ran = 0             # the usual slice: nothing changed
             else:
@@ -463,8 +466,8 @@ class Dispatcher:
     def _enter(self, vcpu: _Vcpu, now: int) -> None:
         """Into the run queue, awake, at the rate and with the lag that its slot says."""
         words, base = self._words, vcpu.base
-        vcpu.rate, vcpu.cap = words[base + _RATE], 0
-        self._queue.add(vcpu.slot, max(vcpu.rate, 1) / ONE_CPU, words[base + _LAG], vcpu.mode)
+        vcpu.rate, vcpu.cap, vcpu.latency = words[base + _RATE], 0, words[base + _LATENCY]
+        self._queue.add(vcpu.slot, max(vcpu.rate, 1) / ONE_CPU, words[base + _LAG], vcpu.mode, vcpu.latency)
         self._set_awake(vcpu, True, now)
 
     def _exit(self, vcpu: _Vcpu, now: int) -> None:
@@ -478,7 +481,7 @@ class Dispatcher:
         words, base = self._words, vcpu.base
         if awake != vcpu.awake:
             words[self._base + _RUNNABLE + vcpu.mode] += 1 if awake else -1
-        vcpu.awake, vcpu.doze_at = awake, 0
+        vcpu.awake, vcpu.doze_at, vcpu.watched = awake, 0, False
         if awake:
             vcpu.awake_since = now
             words[base + _AWAKE_SINCE] = now
@@ -488,7 +491,7 @@ class Dispatcher:
         self._relevel = True
 
     def _follow(self, vcpu: _Vcpu, now: int) -> None:
-        """Rate, cap and pause as the supervisor wants them now."""
+        """Rate, cap, latency class and pause as the supervisor wants them now."""
         words, base, slot = self._words, vcpu.base, vcpu.slot
         paused = words[base + _FLAGS] & (PAUSED | ACTIVE) != ACTIVE
         if paused != vcpu.paused:
@@ -506,6 +509,9 @@ class Dispatcher:
         if rate != vcpu.rate:
             vcpu.rate = rate
             self._follow_rate(vcpu)
+        if words[base + _LATENCY] != vcpu.latency:
+            vcpu.latency = words[base + _LATENCY]
+            self._queue.set_latency(slot, vcpu.latency)
         if cap != vcpu.cap:
             vcpu.cap = cap
             self._queue.set_cap(slot, cap / ONE_CPU)
@@ -535,6 +541,7 @@ class Dispatcher:
         for view in (vcpu.status, vcpu.progress):
             if view is not None:
                 view.release()
+        vcpu.watched = False
         words[base + _PICKED] = 0
         words[base + _HAVE] = NOBODY
 
@@ -561,33 +568,36 @@ class Dispatcher:
         pick = self._pick
         if pick is not None and not pick.paused:
             self._look(pick, now, elapsed)
-        if self._debtors:
-            for vcpu in self._debtors:
-                if vcpu.doze_at:
+        if self._watched:
+            for vcpu in self._watched:
+                if vcpu.watched:
                     self._look(vcpu, now, elapsed)
-            self._debtors = [vcpu for vcpu in self._debtors if vcpu.doze_at]
+            self._watched = [vcpu for vcpu in self._watched if vcpu.watched]
 
     def _look(self, vcpu: _Vcpu, now: int, elapsed: int) -> None:
         """Whether one that is not paused is awake; `elapsed` since it was last looked at."""
+        doubtful = False
         if vcpu.clock is None:
             awake = False
         elif vcpu.status is not None:
-            awake = (vcpu.status[_PHASE] not in _SLEEPING
-                     or vcpu.ran * COMPUTING > elapsed > 0)
+            awake = vcpu.status[_PHASE] not in _SLEEPING
+            if not awake and vcpu.ran * COMPUTING > elapsed > 0:
+                awake = doubtful = True
         elif vcpu.ran or (vcpu.awake and vcpu is not self._pick):
             awake = True
         else:
             awake = not self._waits(vcpu)
-        ran, vcpu.ran = vcpu.ran, 0
+        vcpu.ran = 0
         if awake:
             if not vcpu.awake:
                 self._queue.wake(vcpu.slot)
                 self._set_awake(vcpu, True, now)
+            self._watch(vcpu, doubtful)
         else:
             if vcpu.awake:
                 self._queue.sleep(vcpu.slot)
                 self._set_awake(vcpu, False, now)
-            self._mind_debt(vcpu, ran, now)
+            self._mind_debt(vcpu, now)
 
     def _waits(self, vcpu: _Vcpu) -> bool:
         """No status page to ask, and it did not run: the kernel knows whether it wants to."""
@@ -597,34 +607,21 @@ class Dispatcher:
             self._ended(vcpu)
             return True
 
-    def _mind_debt(self, vcpu: _Vcpu, ran: int, now: int) -> None:
-        """A sleeper that is ahead has no right to run at once until that is worn off.
+    def _mind_debt(self, vcpu: _Vcpu, now: int) -> None:
+        """A sleeper that is too far ahead has no right to run at once until that is worn off."""
+        barred = self._queue.barred_ns(vcpu.slot)
+        if bool(barred) != bool(vcpu.doze_at):
+            self._relevel = True
+        vcpu.doze_at = now + barred if barred else 0
+        self._watch(vcpu, barred > 0)
 
-        With it at zero, the most that one can take by waking is a slice, which the queue's
-        clamp on waking does not forgive.
-        """
-        rate = max(vcpu.rate, 1)
-        if vcpu.doze_at:
-            vcpu.doze_at += ran * ONE_CPU // rate
-            if now >= vcpu.doze_at:
-                vcpu.doze_at = 0
-                self._relevel = True
-                self._clear_debt(vcpu)
-        else:
-            owed = self._queue.lag_ns(vcpu.slot)
-            if owed < 0:
-                vcpu.doze_at = now - owed * ONE_CPU // rate
-                self._debtors.append(vcpu)
-                self._relevel = True
-
-    def _clear_debt(self, vcpu: _Vcpu) -> None:
-        queue, slot = self._queue, vcpu.slot
-        budget = queue.budget_ns(slot)
-        queue.remove(slot)
-        queue.add(slot, max(vcpu.rate, 1) / ONE_CPU, mode=vcpu.mode)
-        queue.sleep(slot)
-        if vcpu.cap:
-            queue.set_cap(slot, vcpu.cap / ONE_CPU, budget)
+    def _watch(self, vcpu: _Vcpu, wanted: bool) -> None:
+        if wanted and not vcpu.watched:
+            vcpu.watched = True
+            if vcpu not in self._watched:
+                self._watched.append(vcpu)
+        elif not wanted:
+            vcpu.watched = False
 
     # -- the decision ------------------------------------------------------------------------
 

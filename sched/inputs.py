@@ -21,17 +21,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
+from .model import LATENCIES, LATENCY_DEFAULT
 from .policy import Batching, Runqueue
 
 __all__ = ["CALLS", "FORMAT", "InputLog", "Logged", "Note"]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 # Every call that changes a run queue or that a dispatcher acts on, with its parameters and their defaults.
 _NEEDED: Final = object()
 CALLS: Final[Mapping[str, Mapping[str, object]]] = {
-    "add": {"slot": _NEEDED, "rate": _NEEDED, "lag_ns": 0, "mode": 0},
+    "add": {"slot": _NEEDED, "rate": _NEEDED, "lag_ns": 0, "mode": 0, "latency": LATENCIES.index(LATENCY_DEFAULT)},
     "remove": {"slot": _NEEDED},
     "set_rate": {"slot": _NEEDED, "rate": _NEEDED},
+    "set_latency": {"slot": _NEEDED, "latency": _NEEDED},
     "set_slice": {"slice_ns": _NEEDED, "ratelimit_ns": None},
     "set_cap": {"slot": _NEEDED, "share": _NEEDED, "budget_ns": None},
     "advance": {"elapsed_ns": _NEEDED},
@@ -43,6 +45,7 @@ CALLS: Final[Mapping[str, Mapping[str, object]]] = {
     "unpark_in_ns": {},
     "is_parked": {"slot": _NEEDED},
     "lag_ns": {"slot": _NEEDED},
+    "barred_ns": {"slot": _NEEDED},
     "budget_ns": {"slot": _NEEDED},
 }
 

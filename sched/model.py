@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, NewType
 
 __all__ = [
-    "CAP_NONE", "WEIGHT_DEFAULT", "WEIGHT_MAX", "WEIGHT_MIN", "Ns", "Placement", "Slot",
+    "CAP_NONE", "LATENCIES", "LATENCY_DEFAULT", "WEIGHT_DEFAULT", "WEIGHT_MAX", "WEIGHT_MIN", "Ns", "Placement", "Slot",
     "VcpuLoad", "VmDemand",
 ]
 
@@ -23,6 +23,9 @@ WEIGHT_MIN: Final = 1
 WEIGHT_DEFAULT: Final = 100      # cgroup v2's default
 WEIGHT_MAX: Final = 10_000
 CAP_NONE: Final = 0.0
+# How soon a VM wants the CPU once it wants it; stored as its index.
+LATENCIES: Final = ("low", "normal", "high")
+LATENCY_DEFAULT: Final = "normal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

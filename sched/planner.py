@@ -19,7 +19,7 @@ from typing import Final
 
 import trio
 
-from .model import VcpuLoad, VmDemand
+from .model import LATENCIES, VcpuLoad, VmDemand
 from .policy import Partition, Policy, Split, Tenant, cores_of, entitle, place
 from .shared import NOBODY, ONE_CPU
 from .table import Table, Vcpu
@@ -164,7 +164,8 @@ class Planner:
         for vcpu in vcpus:
             cap = round(vcpu.cap * ONE_CPU) if vcpu.cap < len(self._cpus) else 0
             rate = placement.rate.get(vcpu.slot) or nominal[vcpu.vm]
-            for name, value in (("rate", round(max(rate, LOWEST_RATE) * ONE_CPU)), ("cap", cap)):
+            for name, value in (("rate", round(max(rate, LOWEST_RATE) * ONE_CPU)), ("cap", cap),
+                                ("latency", LATENCIES.index(vcpu.latency))):
                 if table.word(vcpu, name) != value:
                     table.set(vcpu, name, value)
                     changed = True

@@ -107,7 +107,8 @@ SLOT_FIELDS, _used = _number((
     "mode",
     "want_cpu",         # host CPU or NOBODY
     "rate", "cap",      # 1e-9 of a host CPU; cap 0 = none
-    ("reserved", 7),
+    "latency",          # index in model.LATENCIES
+    ("reserved", 6),
     # The owner's words: the dispatcher `have_cpu`.
     "have_cpu",         # host CPU or NOBODY
     "owned_generation", # the admission that the words below belong to

@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define VERSION 3
+#define VERSION 4
 #define ONE_CPU 1000000000.0
 #define UNIT 1073741824.0                   /* fair.py, _UNIT */
 #define REBASE_NS 1099511627776.0
@@ -42,11 +42,10 @@ typedef int64_t word;
 struct state { word policy, priority, stopped; };
 
 struct entry {                              /* policy/fair.py, Entry: the awake ones, in order of slots */
-    double v, deadline;
+    double v, start, deadline;
+    double request, credit, patience;       /* of its latency class */
     word weight, served;
     word mode, vcpu;                        /* vcpu: index in `vcpus` */
-    word request_ns;                        /* what a deadline is away from v, times the weight */
-    word reserved;
 };
 
 struct vcpu {                               /* dispatcher.py, _Vcpu: all of them, in the order of `_order` */
@@ -54,7 +53,7 @@ struct vcpu {                               /* dispatcher.py, _Vcpu: all of them
     const volatile word *phase;             /* of its status page, or NULL */
     const volatile word *progress;          /* or NULL */
     word clock_kind, clock;                 /* 0 none, 1 a clock's id, 2 a descriptor of schedstat */
-    word pid, tid, slot, generation, mode;
+    word pid, tid, slot, generation, mode, latency;
     word charged, rate, level, state, awake, paused, fresh, gone;
     word entry;                             /* index in `entries`, -1 = asleep */
     word lag_ns;                            /* only while asleep */
@@ -71,7 +70,7 @@ struct calls {                              /* instead of the kernel's, for test
 struct fields {                             /* where things are: indices of words */
     word halt, epoch, heartbeat, timeout, used_slots, first_slot, slot_words, policy[8], policies;
     word leave, beat, seen_epoch, head, cpu_ns, refusals;
-    word want, flags, rate, cap, charged, leak, slices, lag, picked;
+    word want, flags, rate, cap, latency, charged, leak, slices, lag, picked;
     word active, active_mask;
 };
 
@@ -157,9 +156,11 @@ static int only_rates(const struct steady *g)
     for (word i = 0; i < g->count; i++) {
         const struct vcpu *vcpu = &g->vcpus[i];
         const word *slot = vcpu->words;
-        if (slot[at->want] != g->cpu || slot[at->cap]
+        if (slot[at->want] != g->cpu || slot[at->cap] || slot[at->latency] != vcpu->latency
                 || ((slot[at->flags] & at->active_mask) != at->active) != vcpu->paused)
             return 0;
+        if (vcpu->entry < 0 && vcpu->lag_ns < 0 && slot[at->rate] != vcpu->rate)
+            return 0;                       /* its debt wears off at its rate */
     }
     for (word i = 0; i < used; i++)
         here += words[at->first_slot + i * at->slot_words + at->want] == g->cpu;
@@ -253,6 +254,7 @@ static word charge(struct steady *g, word index)
         struct entry *entry = &g->entries[vcpu->entry];
         double delta = (double)ran / (double)entry->weight;
         entry->v += delta;
+        entry->start += delta;
         entry->deadline += delta;
         g->virtual_ns += (double)ran / (double)g->weight;
     }
@@ -263,7 +265,7 @@ static void set_rate(struct steady *g, struct vcpu *vcpu, word rate)
 {
     struct entry *entry;
     word weight;
-    double lag;
+    double lag, slice_v;
 
     vcpu->rate = rate;
     if (vcpu->entry < 0)
@@ -278,7 +280,9 @@ static void set_rate(struct steady *g, struct vcpu *vcpu, word rate)
     g->weight += weight - entry->weight;
     entry->weight = weight;
     entry->v = g->virtual_ns - lag / (double)weight;
-    entry->deadline = entry->v + (double)entry->request_ns / (double)weight;
+    slice_v = (double)g->slice_ns / (double)weight;
+    entry->start = entry->v - entry->credit * slice_v;
+    entry->deadline = entry->start + entry->request * slice_v;
 }
 
 static word started(struct steady *g, word index)
@@ -306,13 +310,13 @@ static word pick_fair(struct steady *g, word now)
     word best = -1;
 
     for (word i = 0; i < g->awake_count; i++)
-        if (entries[i].deadline < earliest && entries[i].v <= eligible) {
+        if (entries[i].deadline < earliest && entries[i].start <= eligible) {
             best = i;
             earliest = entries[i].deadline;
         }
     if (best < 0)
         return least_ahead(g, now);
-    if (entries[now].v <= eligible && entries[now].deadline <= earliest + same)
+    if (entries[now].start <= eligible && entries[now].deadline <= earliest + same)
         best = now;
     return best;
 }
@@ -327,7 +331,7 @@ static word first_of(const struct steady *g, word mode, double ahead, word weigh
     for (word i = 0; i < g->awake_count; i++) {
         if (entries[i].mode != mode)
             continue;
-        if (entries[i].deadline < earliest && entries[i].v <= eligible) {
+        if (entries[i].deadline < earliest && entries[i].start <= eligible) {
             best = i;
             earliest = entries[i].deadline;
         }
@@ -338,7 +342,7 @@ static word first_of(const struct steady *g, word mode, double ahead, word weigh
     }
     if (best < 0)
         best = behind;
-    if (entries[now].mode == mode && entries[now].v <= eligible
+    if (entries[now].mode == mode && entries[now].start <= eligible
             && entries[now].deadline <= entries[best].deadline + same)
         return now;
     return best;
@@ -356,7 +360,7 @@ static double bound_of(const struct steady *g, word here, word there)
 static word pick_batch(struct steady *g, word now)
 {
     const struct entry *entries = g->entries;
-    word here = 0, there = 0, overdue = -1, mode = g->mode, late = g->clock_ns - g->wait_max_ns;
+    word here = 0, there = 0, overdue = -1, mode = g->mode;
     double lag_here = 0.0, lag_there = 0.0, owed;
 
     for (word i = 0; i < g->awake_count; i++) {
@@ -369,7 +373,8 @@ static word pick_batch(struct steady *g, word now)
         }
         there += entry->weight;
         lag_there += lag;
-        if (entry->served <= late && lag >= 0.0
+        if ((double)(g->clock_ns - entry->served) >= (double)g->wait_max_ns * entry->patience
+                && entry->start <= g->virtual_ns
                 && (overdue < 0 || entry->deadline < entries[overdue].deadline))
             overdue = i;
     }

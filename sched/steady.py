@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calls", "Steady", "load"]
 
-VERSION: Final = 3
+VERSION: Final = 4
 _POLICIES_MAX: Final = 8
 _word = ctypes.c_int64
 _double = ctypes.c_double
@@ -51,14 +51,14 @@ class _State(ctypes.Structure):
 
 
 class _Entry(ctypes.Structure):
-    _fields_ = [("v", _double), ("deadline", _double),
-                *((name, _word) for name in ("weight", "served", "mode", "vcpu", "request_ns", "reserved"))]
+    _fields_ = [*((name, _double) for name in ("v", "start", "deadline", "request", "credit", "patience")),
+                *((name, _word) for name in ("weight", "served", "mode", "vcpu"))]
 
 
 class _Vcpu(ctypes.Structure):
     _fields_ = [("words", _pointer), ("phase", _pointer), ("progress", _pointer),
                 *((name, _word) for name in (
-                    "clock_kind", "clock", "pid", "tid", "slot", "generation", "mode", "charged", "rate", "level",
+                    "clock_kind", "clock", "pid", "tid", "slot", "generation", "mode", "latency", "charged", "rate", "level",
                     "state", "awake", "paused", "fresh", "gone", "entry", "lag_ns", "seen"))]
 
 
@@ -80,7 +80,7 @@ class _Fields(ctypes.Structure):
         ("policy", _word * _POLICIES_MAX), ("policies", _word),
         *((name, _word) for name in (
             "leave", "beat", "seen_epoch", "head", "cpu_ns", "refusals",
-            "want", "flags", "rate", "cap", "charged", "leak", "slices", "lag", "picked", "active", "active_mask")),
+            "want", "flags", "rate", "cap", "latency", "charged", "leak", "slices", "lag", "picked", "active", "active_mask")),
     ]
 
 
@@ -179,7 +179,7 @@ class Steady:
             leave=CPU_FIELDS["leave"], beat=CPU_FIELDS["heartbeat_ns"], seen_epoch=CPU_FIELDS["seen_epoch"],
             head=CPU_FIELDS["head"], cpu_ns=CPU_FIELDS["cpu_ns"], refusals=CPU_FIELDS["refusals"],
             want=SLOT_FIELDS["want_cpu"], flags=SLOT_FIELDS["flags"], rate=SLOT_FIELDS["rate"],
-            cap=SLOT_FIELDS["cap"], charged=SLOT_FIELDS["charged_ns"], leak=SLOT_FIELDS["leak_ns"],
+            cap=SLOT_FIELDS["cap"], latency=SLOT_FIELDS["latency"], charged=SLOT_FIELDS["charged_ns"], leak=SLOT_FIELDS["leak_ns"],
             slices=SLOT_FIELDS["slices"], lag=SLOT_FIELDS["lag_ns"], picked=SLOT_FIELDS["picked"],
             active=ACTIVE, active_mask=ACTIVE | PAUSED)
         for index, name in enumerate(dispatcher.POLICY_WORDS):
@@ -204,7 +204,7 @@ class Steady:
         d = self._dispatcher
         pick = d._pick
         return (
-            pick is not None and pick.awake and pick.clock is not None and not d._capped and not d._debtors
+            pick is not None and pick.awake and pick.clock is not None and not d._capped and not d._watched
             and not d._relevel and not d._retry and not d._plain and type(d._queue) in (Runqueue, BatchRunqueue))
 
     def run(self, earlier_cpu_ns: int = 0, limit: int = 0) -> int | None:
@@ -249,7 +249,8 @@ class Steady:
             into.phase, into.progress = vcpu.addresses
             into.clock_kind, into.clock = vcpu.clock.native if vcpu.clock is not None else (0, 0)
             into.pid, into.tid, into.slot, into.generation = vcpu.pid, vcpu.tid, vcpu.slot, vcpu.generation
-            into.mode, into.charged, into.rate, into.level = vcpu.mode, vcpu.charged, vcpu.rate, vcpu.level
+            into.mode, into.latency, into.charged = vcpu.mode, vcpu.latency, vcpu.charged
+            into.rate, into.level = vcpu.rate, vcpu.level
             into.awake, into.paused, into.fresh, into.gone = vcpu.awake, vcpu.paused, vcpu.fresh, 0
             into.state = next(number for number, state in enumerate(self._states) if state is vcpu.state)
             into.entry = entry = place.get(vcpu.slot, -1)
@@ -263,8 +264,9 @@ class Steady:
         g.awake_count = len(queue._awake)
         for index, entry in enumerate(queue._awake):
             into = self._entries[index]
-            into.v, into.deadline, into.weight = entry.v, entry.deadline, entry.weight
-            into.served, into.mode, into.request_ns = entry.served, entry.mode, queue._slice_ns
+            into.v, into.start, into.deadline, into.weight = entry.v, entry.start, entry.deadline, entry.weight
+            into.request, into.credit, into.patience = entry.latency
+            into.served, into.mode = entry.served, entry.mode
         g.virtual_ns, g.weight = queue._virtual, queue._weight
         g.current = NOBODY if queue._current is None else place.get(queue._current, NOBODY)
         g.clock_ns, g.picked_at_ns, g.ratelimit_ns = queue._clock_ns, queue._picked_at_ns, queue._ratelimit_ns
@@ -283,7 +285,8 @@ class Steady:
         d._pick = order[g.pick]
         for index, entry in enumerate(queue._awake):
             out = self._entries[index]
-            entry.v, entry.deadline, entry.weight, entry.served = out.v, out.deadline, out.weight, out.served
+            entry.v, entry.start, entry.deadline = out.v, out.start, out.deadline
+            entry.weight, entry.served = out.weight, out.served
         queue._virtual, queue._weight = g.virtual_ns, g.weight
         queue._current = queue._awake[g.current].slot if g.current >= 0 else queue._current
         queue._clock_ns, queue._picked_at_ns = g.clock_ns, g.picked_at_ns

@@ -236,7 +236,7 @@ class Scheduler:
 
     async def set_parameters(
         self, vm: str, *, weight: int | None = None, cap: float | None = None,
-        reservation: float | None = None, cpus: frozenset[int] | None = None,
+        reservation: float | None = None, cpus: frozenset[int] | None = None, latency: str | None = None,
     ) -> None:
         """Change a scheduled VM's parameters. Raises AdmissionRefused, and changes nothing then."""
         mine = self._table.of(vm)
@@ -256,6 +256,7 @@ class Scheduler:
         self._end_loan_of(vm, f"the parameters of VM {vm!r} were changed")
         for vcpu in mine:
             vcpu.weight, vcpu.cap, vcpu.reservation, vcpu.cpus = weight, cap, reservation, cpus
+            vcpu.latency = latency or vcpu.latency
         await self._plan()
 
     async def set_policy(

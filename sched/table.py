@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from . import linux
-from .model import Slot
+from .model import LATENCIES, LATENCY_DEFAULT, Slot
 from .shared import ACTIVE, MODES, NOBODY, ONE_CPU, SLOT_FIELDS, Shared
 
 __all__ = ["Table", "Vcpu", "VcpuThread"]
@@ -36,6 +36,7 @@ class VcpuThread:
     weight: int
     cap: float = 0.0                 # of the VM, in host CPUs, 0 = none
     reservation: float = 0.0
+    latency: str = LATENCY_DEFAULT
     cpus: frozenset[int]
     status_fd: int | None = None     # vm/worker/status.py
     progress_fd: int | None = None
@@ -54,6 +55,7 @@ class Vcpu:
     cap: float
     reservation: float
     cpus: frozenset[int]
+    latency: str = LATENCY_DEFAULT
     paused: bool = False
     leaving: bool = False
     lent: bool = False               # to a measurement (loan.py)
@@ -130,12 +132,12 @@ class Table:
         slot = Slot(self._free.pop())
         vcpu = Vcpu(
             thread, slot, self._generation, self.shared.slot(slot), thread.weight, thread.cap,
-            thread.reservation, thread.cpus, stat_fd=stat_fd)
+            thread.reservation, thread.cpus, thread.latency, stat_fd=stat_fd)
         for name, value in (
             ("pid", thread.pid), ("tid", thread.tid), ("start_ticks", started or 0),
             ("mode", MODES.index(thread.mode)), ("want_cpu", NOBODY), ("have_cpu", NOBODY),
             ("rate", 1), ("cap", round(thread.cap * ONE_CPU)),
-            ("flags", ACTIVE), ("generation", self._generation),
+            ("latency", LATENCIES.index(thread.latency)), ("flags", ACTIVE), ("generation", self._generation),
         ):
             self.set(vcpu, name, value)
         self.shared.set("used_slots", max(self.shared.get("used_slots"), slot + 1))

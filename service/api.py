@@ -14,7 +14,8 @@ Control, JSON, every answer an object with `schema`:
     GET  /v1/vms/{name}/exits?limit=N     exits by reason, instruction and address, the most first
     POST /v1/vms/{name}/profile           {"hz": n, "seconds": s}: take samples; the answer comes at once
     POST /v1/vms/{name}/profile-end       ends it if it has not ended; what was sampled
-    POST /v1/vms/{name}/parameters        {"weight": n, "cap": n, "reservation": n, "cpus": "0-3"}: those to change
+    POST /v1/vms/{name}/parameters        {"weight": n, "cap": n, "reservation": n, "latency": "low",
+                                          "cpus": "0-3"}: those to change
     GET  /v1/warnings
     GET  /v1/policy                       [scheduler] as it is in force
     POST /v1/policy                       keys of it with new values; the whole of it as in force then

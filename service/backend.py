@@ -72,7 +72,7 @@ class Backend(Protocol):
         ...
 
     async def set_parameters(self, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
-        """Change a VM's weight, cap, reservation or cpus; all four as in force. Raises ServiceError."""
+        """Change a VM's weight, cap, reservation, latency or cpus; all as in force. Raises ServiceError."""
         ...
 
     def recording(self, seconds: float | None) -> PackedRecording:

@@ -98,7 +98,7 @@ class Client:
         return answer["scheduler"]
 
     def set_parameters(self, name: str, change: dict[str, Any]) -> dict[str, Any]:
-        """`weight`, `cap`, `reservation`, `cpus` as in force after the change."""
+        """`weight`, `cap`, `reservation`, `latency`, `cpus` as in force after the change."""
         return self._call("POST", _vm(name, "parameters"), change)["parameters"]
 
     def why(self, name: str) -> dict[str, Any]:

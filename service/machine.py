@@ -194,7 +194,7 @@ class Machine:
         await life.over.wait()
 
     async def set_parameters(self, config: VmConfig, cpus: frozenset[int]) -> None:
-        """Weight, cap, reservation and host CPUs as *config* and *cpus* say, from now on and at every
+        """Weight, cap, reservation, latency class and host CPUs as *config* and *cpus* say, from now on and at every
         later start. Raises Conflict where they cannot be had, and changes nothing then.
         """
         scheduler = self._context.scheduler
@@ -202,7 +202,7 @@ class Machine:
             try:
                 await scheduler.set_parameters(
                     self.name, weight=config.weight, cap=config.cap / 100,
-                    reservation=config.reservation / 100, cpus=cpus)
+                    reservation=config.reservation / 100, latency=config.latency, cpus=cpus)
             except AdmissionRefused as error:
                 raise Conflict(f"{self.name} stays as it is: {error}") from error
         self.config, self.cpus = config, cpus
@@ -360,7 +360,8 @@ class Machine:
             await self._context.scheduler.admit(VcpuThread(
                 vm=self.name, index=0, pid=one.child.pid, tid=one.child.pid, pidfd=one.child.pidfd,
                 mode=self.decision.mode, weight=self.config.weight, cap=self.config.cap / 100,
-                reservation=self.config.reservation / 100, cpus=self.cpus, status_fd=one.status_fd,
+                reservation=self.config.reservation / 100, latency=self.config.latency, cpus=self.cpus,
+                status_fd=one.status_fd,
                 progress_fd=one.memory_fd if progress is not None else None, progress_offset=progress or 0))
         except (ServiceError, OSError, ValueError) as error:
             if one.ending is None:
@@ -547,7 +548,7 @@ class Machine:
             id=self.name, name=self.name, state=self.phase.value, state_reason=self.reason,
             engine=decision.engine, mode=decision.mode, mode_rule=decision.rule, mode_reason=decision.reason,
             os=config.os, bits=config.bits, weight=config.weight, cap_pct=config.cap,
-            reservation_pct=config.reservation, cpus=tuple(sorted(self.cpus)),
+            reservation_pct=config.reservation, latency=config.latency, cpus=tuple(sorted(self.cpus)),
             memory_bytes=config.memory, resident_bytes=one.resident_bytes() if one else 0,
             pid=one.child.pid if one and one.child else None,
             started_unix_s=self.started_unix_s if one else None, restarts=self.restarts,

@@ -22,7 +22,7 @@ from .backend import Unusable
 
 __all__ = ["PARAMETERS", "changed_scheduler", "changed_vm", "scheduler_settings"]
 
-PARAMETERS: Final = ("weight", "cap", "reservation", "cpus")
+PARAMETERS: Final = ("weight", "cap", "reservation", "latency", "cpus")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 

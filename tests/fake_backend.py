@@ -90,7 +90,7 @@ def make_vm(
         id=name, name=name, state=state, state_reason="", mode=mode,  # type: ignore[arg-type]
         engine="kvm" if mode == "hardware" else "software", mode_rule=rule,
         mode_reason=REASONS.get(rule, rule), os="none", bits=64, weight=weight, cap_pct=0,
-        reservation_pct=0, cpus=(1,), memory_bytes=4 << 20, resident_bytes=9 << 20, pid=4000,
+        reservation_pct=0, latency="normal", cpus=(1,), memory_bytes=4 << 20, resident_bytes=9 << 20, pid=4000,
         started_unix_s=1.0, restarts=0,
         vcpus=(VcpuSnapshot(index=0, cpu=1, run_ns=run, wait_ns=int(wait * seconds * SECOND),
                             halted_ns=0, migrations=0, slices=int(seconds * 25)),),

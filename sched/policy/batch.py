@@ -8,7 +8,8 @@ and picks in it as the fair policy would if there were no others (EEVDF against 
 virtual time), until
 
 1. the other group's lag reaches B, or
-2. one of the other group has waited for W although it is owed time: it is picked, or
+2. one of the other group has waited for W although it is owed time: it is picked (for W/8, if
+   its latency class is low, and within its credit: fair.py), or
 3. nobody of this mode can run.
 
 With f one mode's share (1) makes f(1−f)/B changes of mode a second, each mode's turn lasting
@@ -22,7 +23,9 @@ Invariants, for vCPUs that always want the CPU, and q a slice and what the timer
 - |lag of a group| <= B + q, and |lag of a vCPU| <= its share of its group times that, + q;
 - no mode waits longer than W + q/f for its next turn, f its share: W longer than fair's own gap;
 - at most f(1−f)/B changes a second where B <= W·min(f, 1−f)/2 (else W drives the changes).
-Parked vCPUs (fair.py) are no part of their group: what they are owed they cannot use.
+The bucket of a cap is deeper than fair's by what it earns in W, so that a capped vCPU gets its
+cap; its bound is cap·(window + W) + three slices. Parked vCPUs (fair.py) are no part of their
+group: what they are owed they cannot use.
 
 Where it is good: throughput of mixed hosts. Where it is poor: one that works in short bursts
 beside a busy other mode waits up to W for its turn, once it has been picked out of its sleep (a
@@ -66,6 +69,7 @@ class BatchRunqueue(Runqueue):
         self._batch_ns = batch_ns
         self._wait_max_ns = wait_max_ns
         self._budget_ns = budget_ns
+        self._held_back_ns = wait_max_ns
         self._mode = 0                   # the mode that the CPU is in
 
     @property
@@ -91,7 +95,7 @@ class BatchRunqueue(Runqueue):
         here = there = 0
         lag_here = lag_there = 0.0
         overdue: Entry | None = None
-        virtual, mode, late = self._virtual, self._mode, self._clock_ns - self._wait_max_ns
+        virtual, mode, clock = self._virtual, self._mode, self._clock_ns
         for entry in self._awake:
             if entry.parked:
                 continue
@@ -102,8 +106,8 @@ class BatchRunqueue(Runqueue):
                 continue
             there += entry.weight
             lag_there += lag
-            if entry.served <= late and lag >= 0.0 and (
-                    overdue is None or entry.deadline < overdue.deadline):
+            if (clock - entry.served >= self._wait_max_ns * entry.latency.patience and entry.start <= virtual
+                    and (overdue is None or entry.deadline < overdue.deadline)):
                 overdue = entry
         if not there and not here:
             return self._started(None)
@@ -135,13 +139,13 @@ class BatchRunqueue(Runqueue):
         for entry in self._awake:
             if entry.mode != mode or entry.parked:
                 continue
-            if entry.deadline < earliest and entry.v <= eligible:
+            if entry.deadline < earliest and entry.start <= eligible:
                 best, earliest = entry, entry.deadline
             if entry.v < least:
                 behind, least = entry, entry.v
         best = best or behind
         assert best is not None
-        if (now is not None and now.mode == mode and now.v <= eligible
+        if (now is not None and now.mode == mode and now.start <= eligible
                 and now.deadline <= best.deadline + same):
             return now
         return best

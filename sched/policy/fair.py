@@ -12,12 +12,19 @@ What follows from that form:
 - Nothing is taken from slice counts: only `charge` moves v, so leaks to demoted threads, short
   slices and a thief who yields just before the tick are all billed at what they really took.
 - A vCPU that sleeps takes its lag out of the competition and the others' V absorbs it, so
-  their lags still sum to zero; on waking it brings it back, clamped to one slice. Sleeping
-  neither earns nor forgives more than that.
+  their lags still sum to zero; on waking it brings it back, owed at most one slice. Sleep earns
+  nothing; a debt wears off in it at the rate at which it was entitled to run instead.
 - A cap is a token bucket, filled by elapsed time, emptied by charges, below zero where a slice
   overran it: the debt is carried, hence no drift. Out of tokens, a vCPU is *parked*: it goes on
   being owed, up to one slice, and what it is owed beyond goes to the others. A parked vCPU can
   hold all the positive lag; then an ineligible one runs rather than leaving the CPU idle.
+
+Latency classes. An entry's *credit* is how far ahead of its share, in slices, it still counts as
+eligible: `start` = v − credit·slice/w; its *request* is what its deadline is computed from, in
+slices: start + request·slice/w. A short request gets the CPU earlier and not more of it;
+a credit lets one that sleeps most of the time have a burst at once and pay for it by waiting
+later. Both only shift *when*: lags stay bounded (by slice·(1 + credit) below, and above by the
+request and what those with a credit are ahead), so over long times a class changes no share.
 
 Numbers. Weights are integers (rate·2**30), so that their sum is exact in any order. Virtual
 times are floats relative to a base that is moved back to V every 2**40 ns of service; at that
@@ -26,7 +33,7 @@ magnitude one rounding is below 0.001 ns of service, unbiased, and each rebase r
 Where it is good: shares exact over every interval, a bounded wait of about slice/rate, O(1)
 charges, one plain pass over the awake vCPUs per pick (cheapest below some hundreds).
 Where it is poor: one CPU only (placement.py makes it fair over many); a pick is O(n); a waking
-vCPU of small rate waits for its deadline, there is no latency class; a vCPU that blocks without
+vCPU of small rate waits for its deadline, whatever its class; a vCPU that blocks without
 `sleep` being told would be picked for ever, so the caller must notice that it does not run.
 
 Units: `_ns` are nanoseconds of this host CPU; rates and caps are shares of it, although only
@@ -36,11 +43,11 @@ the proportions of the rates matter. Nothing here reads a clock.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
-from ..model import Slot
+from ..model import LATENCIES, LATENCY_DEFAULT, Slot
 
-__all__ = ["RATELIMIT_NS", "SLICE_NS", "Entry", "Runqueue"]
+__all__ = ["CLASSES", "RATELIMIT_NS", "SLICE_NS", "Entry", "LatencyClass", "Runqueue"]
 
 SLICE_NS: Final = 5_000_000
 RATELIMIT_NS: Final = 500_000
@@ -50,23 +57,45 @@ _UNIT: Final = 1 << 30           # integer weight of rate 1.0
 _REBASE_NS: Final = float(1 << 40)
 
 
+class LatencyClass(NamedTuple):
+    """What a latency class is to a run queue."""
+
+    request: float           # in slices: what deadlines are computed from
+    credit: float            # in slices: how far ahead one still counts as eligible
+    patience: float          # part of the longest wait for another mode (batch.py)
+
+
+# In the order of LATENCIES: a class is known by its index.
+CLASSES: Final = tuple({
+    "low": LatencyClass(0.125, 2.0, 0.125),
+    "normal": LatencyClass(1.0, 0.0, 1.0),
+    "high": LatencyClass(4.0, 0.0, 1.0),
+}[name] for name in LATENCIES)
+_NORMAL: Final = LATENCIES.index(LATENCY_DEFAULT)
+
+
 class Entry:
     """A vCPU on a run queue; for the policies of this package only."""
 
     __slots__ = (
-        "awake", "cap", "deadline", "lag", "mode", "parked", "served", "slot", "tokens", "v", "weight",
+        "asleep_at", "awake", "cap", "deadline", "depth", "lag", "latency", "mode", "parked", "served", "slot", "start",
+        "tokens", "v", "weight",
     )
 
-    def __init__(self, slot: Slot, weight: int, mode: int) -> None:
+    def __init__(self, slot: Slot, weight: int, mode: int, latency: int) -> None:
         self.slot = slot
         self.weight = weight
         self.mode = mode
+        self.latency = CLASSES[latency]
         self.served = 0          # when it last had the CPU, or began to want it
         self.v = 0.0
+        self.start = 0.0         # eligible from this virtual time on
         self.deadline = 0.0
-        self.lag = 0.0           # only while asleep: the lag it went to sleep with
+        self.lag = 0.0           # only while asleep: its lag at `asleep_at`
+        self.asleep_at = 0
         self.awake = False
         self.cap = 0.0
+        self.depth = 0.0         # what its bucket holds at most
         self.tokens = 0.0
         self.parked = False
 
@@ -90,6 +119,7 @@ class Runqueue:
             )
         self._slice_ns = slice_ns
         self._ratelimit_ns = ratelimit_ns
+        self._held_back_ns = 0               # how long one within its budget may wait for another mode
         self._burst = float(BURST_SLICES * slice_ns)
         self._refilled = float(min(max(ratelimit_ns, 1), slice_ns))
         self._entries: dict[Slot, Entry] = {}
@@ -112,16 +142,17 @@ class Runqueue:
     def __contains__(self, slot: object) -> bool:
         return slot in self._entries
 
-    def add(self, slot: Slot, rate: float, lag_ns: int = 0, mode: int = 0) -> None:
-        """A vCPU comes to live here, awake, owed *lag_ns* (clamped to one slice).
+    def add(self, slot: Slot, rate: float, lag_ns: int = 0, mode: int = 0, latency: int = _NORMAL) -> None:
+        """A vCPU comes to live here, awake, owed *lag_ns* (at most one slice; a debt is kept whole).
 
         *mode* is a small number for its virtualization mode; this policy does not look at it.
+        *latency* is the index of its class in LATENCIES.
         On an empty queue the lag is dropped: nobody is there to owe it.
         Raises ValueError if it is here already or the rate is not positive.
         """
         if slot in self._entries:
             raise ValueError(f"slot {slot} is on this run queue already: remove it first")
-        entry = Entry(slot, _weight(rate), mode)
+        entry = Entry(slot, _weight(rate), mode, latency)
         self._entries[slot] = entry
         self._join(entry, lag_ns)
 
@@ -130,6 +161,8 @@ class Runqueue:
         entry = self._entry(slot)
         if entry.awake:
             self._leave(entry)
+        else:
+            entry.lag = self._worn(entry)
         del self._entries[slot]
         if entry.cap:
             self._capped.remove(entry)
@@ -143,6 +176,8 @@ class Runqueue:
         weight = _weight(rate)
         if weight == entry.weight:
             return
+        if not entry.awake:
+            self._wear(entry)                # at the rate that it had
         if entry.awake:
             # v moves so that w·(V − v) stays; then Σw·v / Σw stays V too.
             lag = entry.weight * (self._virtual - entry.v)
@@ -151,6 +186,12 @@ class Runqueue:
             self._set_v(entry, self._virtual - lag / weight)
         else:
             entry.weight = weight
+
+    def set_latency(self, slot: Slot, latency: int) -> None:
+        """From now on it is of this class (an index in LATENCIES); its lag stays."""
+        entry = self._entry(slot)
+        entry.latency = CLASSES[latency]
+        self._set_v(entry, entry.v)
 
     def set_slice(self, slice_ns: int, ratelimit_ns: int | None = None) -> None:
         """Change the length of a slice (and the minimum run); accounts are untouched."""
@@ -165,6 +206,8 @@ class Runqueue:
         self._refilled = float(min(max(ratelimit, 1), slice_ns))
         for entry in self._awake:
             self._set_v(entry, entry.v)
+        for entry in self._capped:
+            self._set_depth(entry)
 
     def take_over(self, other: Runqueue) -> None:
         """Go on with the vCPUs of *other*, which is no longer used: their lags, caps and budgets stay
@@ -176,6 +219,8 @@ class Runqueue:
         self._clock_ns = other._clock_ns
         for entry in self._awake:
             self._set_v(entry, entry.v)
+        for entry in self._capped:
+            self._set_depth(entry)
 
     # -- time --------------------------------------------------------------------------------
 
@@ -190,7 +235,7 @@ class Runqueue:
         self._clock_ns += elapsed_ns
         for entry in self._capped:
             tokens = entry.tokens + elapsed_ns * entry.cap
-            entry.tokens = tokens if tokens < self._burst else self._burst
+            entry.tokens = tokens if tokens < entry.depth else entry.depth
             if not entry.parked:
                 continue
             if entry.awake:
@@ -208,12 +253,14 @@ class Runqueue:
         if entry.awake:
             delta = ran_ns / entry.weight
             entry.v += delta
+            entry.start += delta
             entry.deadline += delta
             self._virtual += ran_ns / self._weight
             if self._virtual * self._weight > _REBASE_NS:
                 self._rebase()
         else:
             # What a sleeper still ran is nobody's entitlement: it only costs itself.
+            self._wear(entry)
             entry.lag -= ran_ns
         if entry.cap:
             entry.tokens -= ran_ns
@@ -221,16 +268,28 @@ class Runqueue:
                 entry.parked = True
 
     def sleep(self, slot: Slot) -> None:
-        """It has nothing to run; it stops accruing and keeps its lag. Idempotent."""
+        """It has nothing to run; it stops accruing, and a debt wears off. Idempotent."""
         entry = self._entry(slot)
         if entry.awake:
             self._leave(entry)
 
     def wake(self, slot: Slot) -> None:
-        """It is runnable again, with its lag clamped to one slice. Idempotent."""
+        """It is runnable again, owed at most one slice. Idempotent."""
         entry = self._entry(slot)
         if not entry.awake:
+            self._wear(entry)
             self._join(entry, entry.lag)
+
+    def barred_ns(self, slot: Slot) -> int:
+        """How long a sleeper must sleep on before it may take the CPU the moment it wakes; 0: it may.
+
+        One that is further ahead than its credit gets nothing at once, but competes like anybody.
+        """
+        entry = self._entry(slot)
+        if entry.awake:
+            return 0
+        over = -self._worn(entry) - entry.latency.credit * self._slice_ns
+        return int(over / self._share(entry)) + 1 if over > 0.0 else 0
 
     # -- caps --------------------------------------------------------------------------------
 
@@ -247,6 +306,7 @@ class Runqueue:
         entry = self._entry(slot)
         had = entry.cap
         entry.cap = share
+        self._set_depth(entry)
         if share == 0.0:
             if had:
                 self._capped.remove(entry)
@@ -256,7 +316,7 @@ class Runqueue:
             self._capped.append(entry)
             entry.tokens, entry.parked = 0.0, True
         if budget_ns is not None:
-            entry.tokens = min(float(budget_ns), self._burst)
+            entry.tokens = min(float(budget_ns), entry.depth)
             entry.parked = entry.tokens < self._refilled
 
     def budget_ns(self, slot: Slot) -> int:
@@ -300,12 +360,12 @@ class Runqueue:
         best: Entry | None = None
         earliest = float("inf")
         for entry in self._awake:
-            if entry.deadline < earliest and entry.v <= eligible and not entry.parked:
+            if entry.deadline < earliest and entry.start <= eligible and not entry.parked:
                 best = entry
                 earliest = entry.deadline
         if best is None:
             return self._started(self._least_ahead(now))
-        if now is not None and now.v <= eligible and now.deadline <= earliest + same:
+        if now is not None and now.start <= eligible and now.deadline <= earliest + same:
             best = now
         return self._started(best)
 
@@ -313,7 +373,7 @@ class Runqueue:
         """What it is owed (> 0) or ahead (< 0) on this CPU."""
         entry = self._entry(slot)
         if not entry.awake:
-            return round(entry.lag)
+            return round(self._worn(entry))
         return round(entry.weight * (self._virtual - entry.v))
 
     def slice_ns(self, slot: Slot) -> int:
@@ -352,13 +412,19 @@ class Runqueue:
             return now if now.cap == 0.0 or best.cap > 0.0 else best
         return best
 
+    def _set_depth(self, entry: Entry) -> None:
+        """What it earned while another mode had the CPU must not be lost to it."""
+        entry.depth = self._burst + entry.cap * self._held_back_ns
+
     def _set_v(self, entry: Entry, v: float) -> None:
         entry.v = v
-        entry.deadline = v + self._slice_ns / entry.weight
+        slice_v = self._slice_ns / entry.weight
+        entry.start = v - entry.latency.credit * slice_v
+        entry.deadline = entry.start + entry.latency.request * slice_v
 
     def _join(self, entry: Entry, lag: float) -> None:
-        limit = float(self._slice_ns)
-        lag = max(-limit, min(limit, float(lag)))
+        # A debt is kept whole: under batch it may be many slices, and a nap would forgive it.
+        lag = min(float(self._slice_ns), float(lag))
         if self._weight:
             self._virtual -= lag / self._weight
             self._set_v(entry, self._virtual - lag / entry.weight)
@@ -372,11 +438,27 @@ class Runqueue:
 
     def _leave(self, entry: Entry) -> None:
         entry.lag = entry.weight * (self._virtual - entry.v)
+        entry.asleep_at = self._clock_ns
         entry.awake = False
         self._awake.remove(entry)
         self._weight -= entry.weight
         if self._weight:
             self._virtual += entry.lag / self._weight
+
+    def _share(self, entry: Entry) -> float:
+        """What a sleeper is entitled to on this CPU: its rate, less where rates are no shares."""
+        return entry.weight / max(_UNIT, self._weight + entry.weight)
+
+    def _worn(self, entry: Entry) -> float:
+        """A sleeper's lag: a debt, less what it was entitled to in its sleep so far."""
+        if entry.lag >= 0.0:
+            return entry.lag
+        slept = self._clock_ns - entry.asleep_at
+        return min(0.0, entry.lag + slept * self._share(entry))
+
+    def _wear(self, entry: Entry) -> None:
+        entry.lag = self._worn(entry)
+        entry.asleep_at = self._clock_ns
 
     def _forfeit(self, entry: Entry) -> None:
         """A parked vCPU cannot use more than a slice of what it is owed: the rest is shared."""

@@ -25,7 +25,7 @@ from ...config.scenario import Scenario, ScenarioVm
 from ..dispatcher import Dispatcher, Parcel, Settings
 from ..inputs import InputLog
 from ..ledger import Ledger
-from ..model import Slot, VmDemand
+from ..model import LATENCIES, Slot, VmDemand
 from ..planner import BALANCE_MAX_S, BALANCE_PART, BALANCE_S, Planner
 from ..policy import POLICIES, Batching
 from ..policy.entitlement import admit
@@ -67,10 +67,11 @@ class _Table(Table):
         slot = len(self)
         vcpu = Vcpu(
             thread, Slot(slot), slot + 1, self.shared.slot(slot), thread.weight, thread.cap,
-            thread.reservation, thread.cpus)
+            thread.reservation, thread.cpus, thread.latency)
         for name, value in (
             ("pid", slot), ("tid", slot), ("mode", MODES.index(thread.mode)), ("want_cpu", NOBODY),
             ("have_cpu", NOBODY), ("rate", 1), ("cap", round(thread.cap * ONE_CPU)), ("flags", ACTIVE),
+            ("latency", LATENCIES.index(thread.latency)),
             ("generation", vcpu.generation),
         ):
             self.set(vcpu, name, value)
@@ -183,7 +184,7 @@ class Simulation:
         self._of_table.append(index)
         self._table.put(VcpuThread(
             vm=name, index=0, pid=slot, tid=slot, pidfd=-1, mode=vm.mode, weight=vm.weight, cap=vm.cap / 100,
-            reservation=vm.reservation / 100, cpus=self._allowed[index]))
+            reservation=vm.reservation / 100, latency=vm.latency, cpus=self._allowed[index]))
 
     # -- the run -----------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ reservation = 20
         's.toml:10: [[vm]] #1 "a b": found { name = "a b" }, allowed: a name of 1 to 63 letters, digits, \'_\', \'.\' '
         "or '-', the first a letter or digit",
         's.toml:14: [[vm]] #2 "b": wieght: found unknown key "wieght", allowed: name, count, mode, weight, cap, '
-        'reservation, cpus, behaviour, run_us, sleep_us, script (did you mean "weight"?)',
+        'reservation, cpus, latency, behaviour, run_us, sleep_us, script (did you mean "weight"?)',
         's.toml:16: [[vm]] #3 "c": script: found no script, allowed: pairs [run_us, sleep_us] with behaviour = '
         '"scripted", and with no other',
         's.toml:20: [[vm]] #4 "c": name: found "c", which [[vm]] #3 makes already, allowed: a name of its own',

@@ -55,6 +55,7 @@ def a_vm(name: str, t: float, *, state: str = "running", vcpus: int = 1) -> VmSn
         engine="kvm" if mode == "hardware" else "software", mode=mode, mode_rule="explicit",
         mode_reason=f'the file says mode = "{mode}"', os="none", bits=64,
         weight=WEIGHTS.get(name, 100), cap_pct=50 if name == "delta" else 0, reservation_pct=10,
+        latency="low" if name == "delta" else "normal",
         cpus=(1,), memory_bytes=4 << 20, resident_bytes=10 << 20,
         pid=1000 if state == "running" else None,
         started_unix_s=BORN if state == "running" else None, restarts=int(t // 2),

@@ -30,6 +30,7 @@ class Task:
     cap: float = 0.0
     script: Sequence[tuple[int, int]] = ()
     mode: int = 0
+    latency: int = 1               # in LATENCIES
     ran: int = 0
     entitled: float = 0.0          # ∫ e dt while awake, ns
     lag: float = 0.0
@@ -168,7 +169,9 @@ class Bench:
         ], self.cpus)
         self.shares = {s: shares[str(s)] for s in awake}
         self.placed = place([
-            VcpuLoad(slot=Slot(s), entitled=self.shares[s], lag_ns=self.owed_elsewhere(s),
+            VcpuLoad(slot=Slot(s), entitled=self.shares[s],
+                     # As the planner does: on a single CPU the run queue keeps the lag itself.
+                     lag_ns=self.owed_elsewhere(s) if len(self.cpus) > 1 else 0,
                      cpus=self.allowed(s), last_cpu=self.tasks[s].cpu)
             for s in awake
         ], self.cpus, Ns(self.period_ns), migrate_resist_ns=MS // 2)
@@ -218,7 +221,7 @@ class Bench:
             task.moves += 1
             if self.current[task.cpu] == slot:
                 self.current[task.cpu] = None
-        self.queues[cpu].add(slot, rate, lag, task.mode)
+        self.queues[cpu].add(slot, rate, lag, task.mode, task.latency)
         if task.cap:
             self.queues[cpu].set_cap(slot, task.cap, budget)
         task.cpu = cpu

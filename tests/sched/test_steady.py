@@ -99,7 +99,7 @@ class Twin(Host):
             "block": self.shared.words[block:block + CPU_FIELDS["cpu_ns"]].tolist(),
             "records": RingReader(self.shared, 0).read(),
             "threads": {tid: (t.policy, t.priority, t.stopped, t.ran) for tid, t in self.kernel.threads.items()},
-            "queue": [(e.slot, e.v, e.deadline, e.weight, e.served, e.awake) for e in queue._entries.values()],
+            "queue": [(e.slot, e.v, e.start, e.deadline, e.lag, e.weight, e.served, e.awake) for e in queue._entries.values()],
             "virtual": (queue._virtual, queue._weight, queue._current, queue._clock_ns, queue._picked_at_ns),
             "turn": (self.dispatcher._credit, self.dispatcher._turn, self.dispatcher._breathing, self.dispatcher._edge),
         }
@@ -109,7 +109,7 @@ class Twin(Host):
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(("rate", "sleep", "wake", "pause", "go-on", "cap", "policy", "leave", "come", "gone", "late",
-                         "slice", "nothing")),
+                         "slice", "latency", "nothing")),
         st.integers(0, VCPUS - 1), st.integers(1, 1000), st.integers(1, 60)),
     min_size=1, max_size=25)
 
@@ -124,6 +124,9 @@ def happen(host: Twin, what: str, slot: int, number: int) -> None:
         host.pages[slot][1] = Phase.RUNNING if thread.wants else Phase.SLEEPING
     elif what in ("pause", "go-on"):
         shared.slot_set(slot, "flags", ACTIVE | (PAUSED if what == "pause" else 0))
+        shared.bump()
+    elif what == "latency":
+        shared.slot_set(slot, "latency", number % 3)
         shared.bump()
     elif what == "cap":
         shared.slot_set(slot, "cap", (number % 3) * 200_000_000)

@@ -28,7 +28,7 @@ def test_a_change_of_some_parameters_leaves_the_others_and_all_other_keys():
     old = vm(weight=5, cap=50, reservation=10)
     new = change(old, weight=300, cpus="1")
     assert {key: getattr(new, key) for key in PARAMETERS} == {
-        "weight": 300, "cap": 50, "reservation": 10, "cpus": (1,)}
+        "weight": 300, "cap": 50, "reservation": 10, "latency": "normal", "cpus": (1,)}
     assert new.model_copy(update={"weight": 5, "cpus": None}) == old
     assert change(new, cpus=None).cpus is None
 
@@ -40,13 +40,15 @@ def test_a_change_of_some_parameters_leaves_the_others_and_all_other_keys():
     ({"weight": 10, "cap": -1}, "cap: found -1"),
     ({"cap": 20, "reservation": 30}, "at most the cap, 20 percent"),
     ({"cap": 5}, "at most the cap, 5 percent"),
+    ({"latency": "lowest"}, 'latency: found "lowest", allowed: "low", "normal" or "high"'),
     ({"reservation": 160}, "at most 100 percent"),
     ({"reservation": 90, "cpus": "1"}, r'170 percent in all \("b", "a"\), allowed: at most 100 percent on CPU 1'),
     ({"cpus": "0"}, "cpus: found CPU 0, allowed: CPUs of .* 1-2"),
     ({"cpus": "7"}, "cpus: found CPU 7"),
     ({"cpus": "x"}, "cpus: found \"x\", allowed: host CPUs such as"),
-    ({"memory": "1M"}, "a has no 'memory' that can be changed while it runs; allowed: weight, cap, reservation, cpus"),
-    ({}, "nothing to change of a: name at least one of weight, cap, reservation, cpus"),
+    ({"memory": "1M"},
+     "a has no 'memory' that can be changed while it runs; allowed: weight, cap, reservation, latency, cpus"),
+    ({}, "nothing to change of a: name at least one of weight, cap, reservation, latency, cpus"),
 ])
 def test_what_the_file_could_not_say_is_refused_in_one_message(keys, says):
     old = vm(reservation=10)

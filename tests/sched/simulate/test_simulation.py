@@ -143,7 +143,8 @@ def test_the_timeline_has_all_that_ran_and_one_vm_a_cpu_at_a_time(timeline: Simu
         spans = [span for span in timeline.spans if span.cpu == cpu]
         for one, two in pairwise(spans):
             assert one.start_ns < one.end_ns <= two.start_ns
-        assert spans[-1].end_ns == 300_000_000
+        # Within the last slice: a pick may sleep at the end, and in a breath nobody else runs then.
+        assert 295_000_000 <= spans[-1].end_ns <= 300_000_000
     for name in ("vm0", "vm1"):
         # A vCPU is on one CPU at a time.
         mine = sorted((s.start_ns, s.end_ns) for s in timeline.spans if s.thread.name == name)
