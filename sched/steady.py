@@ -58,8 +58,8 @@ class _Entry(ctypes.Structure):
 class _Vcpu(ctypes.Structure):
     _fields_ = [("words", _pointer), ("phase", _pointer), ("progress", _pointer),
                 *((name, _word) for name in (
-                    "clock_kind", "clock", "pid", "tid", "slot", "generation", "mode", "latency", "charged", "rate", "level",
-                    "state", "awake", "paused", "fresh", "gone", "entry", "lag_ns", "seen"))]
+                    "clock_kind", "clock", "pid", "tid", "slot", "generation", "mode", "latency", "charged", "rate",
+                    "level", "state", "awake", "paused", "fresh", "gone", "entry", "lag_ns", "seen"))]
 
 
 class Calls(ctypes.Structure):
@@ -80,7 +80,8 @@ class _Fields(ctypes.Structure):
         ("policy", _word * _POLICIES_MAX), ("policies", _word),
         *((name, _word) for name in (
             "leave", "beat", "seen_epoch", "head", "cpu_ns", "refusals",
-            "want", "flags", "rate", "cap", "latency", "charged", "leak", "slices", "lag", "picked", "active", "active_mask")),
+            "want", "flags", "rate", "cap", "latency", "charged", "leak", "slices", "lag", "picked", "active",
+            "active_mask")),
     ]
 
 
@@ -179,8 +180,8 @@ class Steady:
             leave=CPU_FIELDS["leave"], beat=CPU_FIELDS["heartbeat_ns"], seen_epoch=CPU_FIELDS["seen_epoch"],
             head=CPU_FIELDS["head"], cpu_ns=CPU_FIELDS["cpu_ns"], refusals=CPU_FIELDS["refusals"],
             want=SLOT_FIELDS["want_cpu"], flags=SLOT_FIELDS["flags"], rate=SLOT_FIELDS["rate"],
-            cap=SLOT_FIELDS["cap"], latency=SLOT_FIELDS["latency"], charged=SLOT_FIELDS["charged_ns"], leak=SLOT_FIELDS["leak_ns"],
-            slices=SLOT_FIELDS["slices"], lag=SLOT_FIELDS["lag_ns"], picked=SLOT_FIELDS["picked"],
+            cap=SLOT_FIELDS["cap"], latency=SLOT_FIELDS["latency"], charged=SLOT_FIELDS["charged_ns"],
+            leak=SLOT_FIELDS["leak_ns"], slices=SLOT_FIELDS["slices"], lag=SLOT_FIELDS["lag_ns"], picked=SLOT_FIELDS["picked"],
             active=ACTIVE, active_mask=ACTIVE | PAUSED)
         for index, name in enumerate(dispatcher.POLICY_WORDS):
             at.policy[index] = HEADER[name]

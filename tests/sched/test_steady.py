@@ -99,7 +99,9 @@ class Twin(Host):
             "block": self.shared.words[block:block + CPU_FIELDS["cpu_ns"]].tolist(),
             "records": RingReader(self.shared, 0).read(),
             "threads": {tid: (t.policy, t.priority, t.stopped, t.ran) for tid, t in self.kernel.threads.items()},
-            "queue": [(e.slot, e.v, e.start, e.deadline, e.lag, e.weight, e.served, e.awake) for e in queue._entries.values()],
+            "queue": [
+                (e.slot, e.v, e.start, e.deadline, e.lag, e.weight, e.served, e.awake)
+                for e in queue._entries.values()],
             "virtual": (queue._virtual, queue._weight, queue._current, queue._clock_ns, queue._picked_at_ns),
             "turn": (self.dispatcher._credit, self.dispatcher._turn, self.dispatcher._breathing, self.dispatcher._edge),
         }
