@@ -181,7 +181,8 @@ class Steady:
             head=CPU_FIELDS["head"], cpu_ns=CPU_FIELDS["cpu_ns"], refusals=CPU_FIELDS["refusals"],
             want=SLOT_FIELDS["want_cpu"], flags=SLOT_FIELDS["flags"], rate=SLOT_FIELDS["rate"],
             cap=SLOT_FIELDS["cap"], latency=SLOT_FIELDS["latency"], charged=SLOT_FIELDS["charged_ns"],
-            leak=SLOT_FIELDS["leak_ns"], slices=SLOT_FIELDS["slices"], lag=SLOT_FIELDS["lag_ns"], picked=SLOT_FIELDS["picked"],
+            leak=SLOT_FIELDS["leak_ns"], slices=SLOT_FIELDS["slices"],
+            lag=SLOT_FIELDS["lag_ns"], picked=SLOT_FIELDS["picked"],
             active=ACTIVE, active_mask=ACTIVE | PAUSED)
         for index, name in enumerate(dispatcher.POLICY_WORDS):
             at.policy[index] = HEADER[name]
