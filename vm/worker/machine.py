@@ -36,7 +36,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, ClassVar, Final
 
 from ..engines.base import Cpu
 from .bios import BIOS_PORT, Bios, Wait
@@ -53,6 +53,7 @@ from .devices.serial import Serial
 from .devices.timer import Timer
 from .devices.vga import Vga
 from .memory import GuestMemory
+from .saved import Field, Moments, Part, capture, install
 
 __all__ = ["COLUMNS", "ROWS", "Machine", "MachineEnding", "Screen"]
 
@@ -86,6 +87,14 @@ class Machine:
     `alarm(ns)` is told when `poll` should be called next (monotonic; None: no device needs it).
     """
 
+    SAVED: ClassVar[Field] = {
+        **dict.fromkeys(
+            ("serial", "parallel", "interrupts", "timer", "keyboard", "vga", "cmos", "board", "bios"), Part()),
+    }
+    WIRING: ClassVar[frozenset[str]] = frozenset({
+        "memory", "ending", "_cpu", "_clock", "_count", "_alarm", "next_event_ns", "_seen", "_reads", "_writes",
+        "disks", "post_codes"})
+
     def __init__(
         self, memory: GuestMemory, clock: Clock, count: Callable[[str, int], None],
         disks: Sequence[Disk] = (), alarm: Callable[[int | None], None] = lambda _ns: None,
@@ -111,13 +120,13 @@ class Machine:
         interrupts.masking, interrupts.programmed = self.poll, self._schedule
         self._reads: dict[int, Callable[[], int]] = {}
         self._writes: dict[int, Callable[[int], None]] = {}
-        board = Board(self.serial.put, self.end)
-        self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial,
-                    Parallel(self.serial.put), board)
+        self.board = Board(self.serial.put, self.end)
+        self.parallel = Parallel(self.serial.put)
+        self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial, self.parallel, self.board)
         for port in post_ports:
             self._reads.setdefault(port, ones)
-            self._watch_post(port, board)
-        self.post_codes = board.post_codes
+            self._watch_post(port, self.board)
+        self.post_codes = self.board.post_codes
         self.bios: Bios | None = None
         if disks:
             self.bios = Bios(memory, clock, vga=self.vga, keyboard=self.keyboard,
@@ -246,14 +255,28 @@ class Machine:
 
     def finish_wait(self) -> None:
         """Complete the call that waited; the vCPU may run again."""
-        if self.bios is not None and self.bios.wait is not None:
-            wait, self.bios.wait = self.bios.wait, None
-            wait.finish()
+        if self.bios is not None:
+            self.bios.finish_wait()
 
     def interrupt_wait(self) -> None:
         """Let an interrupt through to a guest that waits in a BIOS call."""
         if self.bios is not None:
             self.bios.interrupt_wait()
+
+    # Saved and restored (vm/worker/saved.py).
+
+    def capture(self) -> dict[str, Any]:
+        """The state of every device, as plain data. The vCPU and guest memory are not in it."""
+        return capture(self, self._moments())
+
+    def restore(self, state: Any) -> None:
+        """Go on from `capture`'s data, in a machine of the same kind. Raises BadState; it is then of no use."""
+        install(self, state, self._moments())
+        self._ask(self.interrupts.asking)
+        self._schedule()
+
+    def _moments(self) -> Moments:
+        return Moments(self._clock.monotonic_ns(), self._clock.wall_ns() // 1_000_000_000)
 
     def screen(self) -> Screen | None:
         """The text screen; None where guest memory ends below it."""

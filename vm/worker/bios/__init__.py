@@ -8,7 +8,7 @@ engine need nothing beyond port output: the same BIOS serves every engine, and t
 its calls (`trace`) shows whether two engines ran the same guest the same way.
 
 Waiting.  A service that cannot finish (a key is awaited) sets `Bios.wait` and stops the
-vCPU: `Cpu.run` returns with the `out` complete, the worker sleeps, and `Wait.finish` completes
+vCPU: `Cpu.run` returns with the `out` complete, the worker sleeps, and `Bios.finish_wait` completes
 the registers before the guest goes on with `iret`.  So a waiting VM is between two
 instructions: it can be paused, read, moved or stopped like any other.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 from ...engines.base import RIP, RSP, Cpu
 from ..clock import Clock
@@ -14,6 +14,7 @@ from ..devices.keyboard import Keyboard
 from ..devices.serial import Serial
 from ..devices.vga import Vga
 from ..memory import GuestMemory
+from ..saved import BYTE, COUNT, Field, Kind, Maybe, Part, Row, Table
 from . import rom
 from .disk import DiskService
 from .keyboard import KeyboardService
@@ -30,6 +31,7 @@ _CARRY, _ZERO = 0x01, 0x40
 _OUT_BYTES: Final = 2                            # of the stub's `out BIOS_PORT, al`
 _HARDWARE: Final = frozenset((0x09,))          # reached by an interrupt, not by a program's call
 _RESUMED_LIMIT: Final = 16                       # waits that interrupts may have put off at once
+_PLACE: Final[Kind] = Row((BYTE, BYTE, COUNT))
 _ACTIVITY: Final = frozenset((0x10, 0x13, 0x14, 0x17))   # who calls these between polls is not idle
 
 
@@ -38,6 +40,14 @@ class Bios:
 
     `poll` lets devices raise what is due, `poll_if_due` only looks at the clock when nothing is.
     """
+
+    SAVED: ClassVar[Field] = {
+        "wait": Maybe(Part(Wait)), "_place": _PLACE, "_put_off": Table(_PLACE, Part(Wait), _RESUMED_LIMIT),
+        "keyboard": Part(),
+    }
+    # Calls and their trace are statistics of this process. Video and the system's services keep nothing of their own.
+    WIRING: ClassVar[frozenset[str]] = frozenset({
+        "_memory", "_count", "_poll_if_due", "_cpu", "calls", "trace", "video", "system", "_services"})
 
     def __init__(
         self, memory: GuestMemory, clock: Clock, *, vga: Vga, keyboard: Keyboard, serial: Serial,
@@ -56,7 +66,7 @@ class Bios:
         rom.install(memory, disks={disk.drive: disk.geometry for disk in disks},
                     ticks=day_ticks(now.hour * 3600 + now.minute * 60 + now.second))
         self.video = Video(memory, vga, lambda: count("screen_version", 1))
-        self.keyboard = KeyboardService(memory, keyboard, clock, self._finish, poll)
+        self.keyboard = KeyboardService(memory, keyboard, clock, poll)
         self.system = System(memory, clock, cmos, serial, end)
         self._services: dict[int, Callable[[Call], None]] = {
             **self.system.services,
@@ -70,12 +80,14 @@ class Bios:
     def attach(self, cpu: Cpu) -> None:
         self._cpu = cpu
 
-    def _finish(self, change: Callable[[list[int]], None]) -> None:
-        """Complete a call after its wait: change the registers of the stopped vCPU."""
-        assert self._cpu is not None
-        gpr = self._cpu.get_gpr()
-        change(gpr)
-        self._cpu.set_gpr(gpr)
+    def finish_wait(self) -> None:
+        """Complete a call after its wait, if one waits: the vCPU may run again."""
+        wait, self.wait = self.wait, None
+        if wait is not None and wait.takes_key:
+            assert self._cpu is not None
+            gpr = self._cpu.get_gpr()
+            self.keyboard.deliver(gpr)
+            self._cpu.set_gpr(gpr)
 
     def call(self) -> None:
         """The guest wrote to BIOS_PORT. Ignored when that was not one of the ROM's stubs."""
@@ -125,7 +137,6 @@ class Bios:
         if wait is None:
             return
         if wait.nap:
-            wait.finish()
             return
         assert self._cpu is not None
         if len(self._put_off) >= _RESUMED_LIMIT:       # a guest that never came back: the oldest is forgotten

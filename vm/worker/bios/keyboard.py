@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
 from ...engines.base import RAX
 from ..clock import Clock
 from ..devices.keyboard import ALT, CTRL, SHIFT, Keyboard
 from ..memory import GuestMemory
+from ..saved import COUNT, Field
 from . import rom
 from .registers import Call, Wait
 
@@ -38,17 +39,18 @@ _SHIFT_BITS: Final = {SHIFT: 2, CTRL: 4, ALT: 8}
 
 
 class KeyboardService:
-    """`finish(change)` applies `change` to the stopped vCPU's registers once a key has come.
-
-    `poll_devices` lets the keyboard go on when there is room for a key again.
+    """`poll_devices` lets the keyboard go on when there is room for a key again.
     """
+
+    SAVED: ClassVar[Field] = {"empty_polls": COUNT}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_poll_devices", "_memory", "_keyboard", "_clock", "_own_vector"})
 
     def __init__(
         self, memory: GuestMemory, keyboard: Keyboard, clock: Clock,
-        finish: Callable[[Callable[[list[int]], None]], None], poll_devices: Callable[[], None],
+        poll_devices: Callable[[], None],
     ) -> None:
         self._poll_devices = poll_devices
-        self._memory, self._keyboard, self._clock, self._finish = memory, keyboard, clock, finish
+        self._memory, self._keyboard, self._clock = memory, keyboard, clock
         self.empty_polls = 0
         self._own_vector = struct.pack("<HH", rom.entries()[0x09], rom.BIOS_SEGMENT)
         keyboard.hold = self._full
@@ -126,17 +128,14 @@ class KeyboardService:
         if key is not None:
             call.ax = key
             return
-        call.wait = Wait(for_key=True, until_ns=None, finish=self._deliver)
+        call.wait = Wait(for_key=True, takes_key=True)
 
-    def _deliver(self) -> None:
+    def deliver(self, gpr: list[int]) -> None:
+        """The answer of a call that waited for a key."""
         key = self.take()
         if self._keyboard:
             self._poll_devices()
-
-        def put(gpr: list[int]) -> None:
-            gpr[RAX] = gpr[RAX] & ~0xFFFF | (key or 0)
-
-        self._finish(put)
+        gpr[RAX] = gpr[RAX] & ~0xFFFF | (key or 0)
 
     def _poll(self, call: Call) -> None:
         key = self.peek()
@@ -150,4 +149,4 @@ class KeyboardService:
             nap_ns = DEEP_NAP_NS if self.empty_polls > DEEP_POLLS else IDLE_NAP_NS
             until = self._clock.monotonic_ns() + nap_ns
             # The poll that slept says "no key" even if one came: the next one finds it.
-            call.wait = Wait(for_key=True, until_ns=until, finish=lambda: None, nap=True)
+            call.wait = Wait(for_key=True, until_ns=until, nap=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...engines.base import RAX, RBP, RBX, RCX, RDI, RDX, RSI
+from ..saved import FLAG, MOMENT, Field, Maybe
 
 __all__ = ["Call", "Wait"]
 
@@ -20,11 +22,15 @@ class Wait:
     """Why a vCPU may sleep: until a key comes, a time (monotonic ns) is reached, or either.
 
     An interrupt always comes through. Then the wait goes on behind it, or, if it is a `nap`, is over.
+    With `takes_key` the key that ended it is the call's answer.
     """
 
-    for_key: bool
-    until_ns: int | None
-    finish: Callable[[], None]
+    SAVED: ClassVar[Field] = {"for_key": FLAG, "until_ns": Maybe(MOMENT), "takes_key": FLAG, "nap": FLAG}
+    WIRING: ClassVar[frozenset[str]] = frozenset()
+
+    for_key: bool = False
+    until_ns: int | None = None
+    takes_key: bool = False
     nap: bool = False
 
 

@@ -113,7 +113,7 @@ class System:
         call.succeed()
         if microseconds:
             until = self._clock.monotonic_ns() + microseconds * 1000
-            call.wait = Wait(for_key=False, until_ns=until, finish=lambda: None)
+            call.wait = Wait(until_ns=until)
 
     def _move_block(self, call: Call) -> None:
         """AH=87h: copy CX words between two descriptors of the table at ES:SI."""

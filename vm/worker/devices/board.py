@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import ClassVar, Final
 
+from ..saved import BYTE, Field, Raw
 from . import PortClaim, nothing, ones
 
 __all__ = ["DEBUG_PORT", "ECHO_PORT", "EXIT_PORT", "PCI_ADDRESS_PORT", "Board"]
@@ -26,6 +27,9 @@ POST_CODES_KEPT: Final = 64
 
 class Board:
     """`put` takes debug output, `end(code, reason, exit_code)` ends the VM."""
+
+    SAVED: ClassVar[Field] = {"_a20": BYTE, "_remembered": Raw(8)}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_put", "_end", "post_codes"})     # codes are for reports
 
     def __init__(
         self, put: Callable[[int], None], end: Callable[[str, str, int | None], None],

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import ClassVar, Final
 
 from ...disks.geometry import Geometry
 from ..clock import Clock
+from ..saved import COUNT, MOMENT, SECOND, Field, Number, Raw
 from . import PortClaim, ones
 from .pic import Interrupts
 
@@ -38,6 +39,10 @@ _ALARM_WINDOW_S: Final = 60
 
 class Cmos:
     """`changed()` is called when the guest asks for other interrupts than before."""
+
+    SAVED: ClassVar[Field] = {
+        "_index": Number(127), "_since_ns": MOMENT, "_periods": COUNT, "_second": SECOND, "_ram": Raw(128)}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_clock", "_interrupts", "_changed"})
 
     def __init__(self, clock: Clock, memory_bytes: int, disks: Mapping[int, Geometry],
                  interrupts: Interrupts, changed: Callable[[], None]) -> None:

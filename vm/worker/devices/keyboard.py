@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import ClassVar, Final
 
 from ..clock import Clock
+from ..saved import BYTE, FLAG, MOMENT, Field, Kind, Many, Maybe, Number, Row
 from . import PortClaim
 
 __all__ = ["ALT", "BYTE_NS", "CTRL", "LINE", "QUEUE_KEYS", "SHIFT", "Keyboard", "strokes"]
@@ -68,11 +69,23 @@ def strokes(scan: int, ascii_code: int) -> tuple[int, int]:
     return (CTRL if ascii_code < 0x20 and scan not in _OWN_CONTROL else 0), scan & 0x7F
 
 
+_KEY: Final[Kind] = Maybe(Row((BYTE, BYTE)))
+_ANSWERS: Final = 16
+
+
 class Keyboard:
     """`line(bool)` is the interrupt line, `in_service()` whether a guest is handling its interrupt.
 
     `changed()` says that `next_ns` moved, `end` ends the VM.
     """
+
+    SAVED: ClassVar[Field] = {
+        "_bytes": Many(Row((BYTE, _KEY)), 5 * QUEUE_KEYS), "_keys": Number(QUEUE_KEYS),
+        "_answers": Many(BYTE, _ANSWERS),
+        "_full": FLAG, "_last": BYTE, "_from_answer": FLAG, "_not_before_ns": MOMENT, "_command": BYTE,
+        "_was_command": FLAG, "_mode": BYTE, "_shown": _KEY, "key": _KEY,
+    }
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_clock", "_line", "_in_service", "_changed", "_end", "hold"})
 
     def __init__(self, clock: Clock, line: Callable[[bool], None], in_service: Callable[[], bool],
                  changed: Callable[[], None], end: Callable[[str, str, int | None], None]) -> None:
@@ -81,7 +94,7 @@ class Keyboard:
         self.hold: Callable[[], bool] = lambda: False
         self._bytes: deque[tuple[int, tuple[int, int] | None]] = deque()
         self._keys = 0                             # whose last byte is still in the queue
-        self._answers: deque[int] = deque(maxlen=16)
+        self._answers: deque[int] = deque(maxlen=_ANSWERS)
         self._full = False
         self._last = 0                             # the output buffer
         self._from_answer = False

@@ -11,8 +11,9 @@ Invariant: no byte is put twice: the one before the first strobe is out already 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import ClassVar, Final
 
+from ..saved import BYTE, FLAG, Each, Field
 from . import PortClaim, nothing
 
 __all__ = ["PRINTER_PORTS", "Parallel"]
@@ -26,6 +27,9 @@ _CONTROL: Final = 0x0C                   # as a BIOS leaves it: initialized, sel
 class Parallel:
     """`put` takes what is printed, on whichever port."""
 
+    SAVED: ClassVar[Field] = {"_ports": Each()}
+    WIRING: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(self, put: Callable[[int], None]) -> None:
         self._ports = [_Port(put) for _ in PRINTER_PORTS]
 
@@ -37,6 +41,9 @@ class Parallel:
 
 
 class _Port:
+    SAVED: ClassVar[Field] = {"data": BYTE, "control": BYTE, "_strobes": FLAG}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_put"})
+
     def __init__(self, put: Callable[[int], None]) -> None:
         self._put = put
         self.data, self.control = 0, _CONTROL

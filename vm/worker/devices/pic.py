@@ -21,8 +21,9 @@ Where it is poor: level-triggered mode is per controller as on the chip, there i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import ClassVar, Final
 
+from ..saved import BYTE, FLAG, Field, Number, Part
 from . import PortClaim
 
 __all__ = ["CASCADE", "Interrupts"]
@@ -33,6 +34,14 @@ _FIRMWARE: Final = ((0x08, 0xB8), (0x70, 0x8F))    # vector base and mask of eac
 
 
 class _Chip:
+    SAVED: ClassVar[Field] = {
+        **dict.fromkeys(("vector", "mask", "levels", "request", "service", "_first_word"), BYTE),
+        **dict.fromkeys(("level_triggered", "auto_end", "rotate_on_end", "special_mask", "nested_specially",
+                         "read_service", "polled"), FLAG),
+        "lowest": Number(7), "_step": Number(4),
+    }
+    WIRING: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(self, vector: int, mask: int) -> None:
         self.vector, self.mask = vector, mask
         self.levels = self.request = self.service = 0
@@ -132,6 +141,9 @@ class _Chip:
 
 class Interrupts:
     """`set(line, level)` with lines 0 to 15; `ask` is told when the controller begins or ceases to ask."""
+
+    SAVED: ClassVar[Field] = {"asking": FLAG, "_master": Part(), "_slave": Part()}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_ask", "masking", "programmed"})
 
     def __init__(self, ask: Callable[[bool], None], *, firmware: bool) -> None:
         self._ask = ask

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import ClassVar, Final
 
 from ..clock import Clock
 from ..protocol import SERIAL_RING_BYTES
+from ..saved import BYTE, MOMENT, Field, Many, Number, Part
 from . import PortClaim
 
 __all__ = ["BURST_BYTES", "COM1", "RATE_BYTES_PER_S", "OutputRing", "Serial", "TokenBucket"]
@@ -36,6 +37,9 @@ _TOKEN: Final = 1_000_000_000      # credit is counted in billionths of a byte: 
 
 class TokenBucket:
     """At most *burst* at once and *rate* per second in the long run."""
+
+    SAVED: ClassVar[Field] = {"_credit": Number(BURST_BYTES * _TOKEN), "_since_ns": MOMENT}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_rate", "_full"})
 
     def __init__(self, rate_per_s: int, burst: int, now_ns: int) -> None:
         self._rate, self._full = rate_per_s, burst * _TOKEN
@@ -74,6 +78,13 @@ class OutputRing:
 
 class Serial:
     """`count(name, n)` is told of `serial_bytes` and `serial_dropped_bytes`."""
+
+    SAVED: ClassVar[Field] = {
+        "_bucket": Part(), "_input": Many(BYTE, INPUT_BYTES), "_divisor": Number(0xFFFF),
+        **dict.fromkeys(("_ier", "_fcr", "_scratch", "_lcr", "_mcr"), BYTE),
+    }
+    # What was printed is the operator's, in the log and behind the operation `serial`: a restored VM prints on.
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_clock", "_count", "_base", "ring", "dropped"})
 
     def __init__(self, clock: Clock, count: Callable[[str, int], None], base: int = COM1) -> None:
         self._clock, self._count, self._base = clock, count, base

@@ -21,9 +21,10 @@ Where it is poor: modes 1 and 5 never start on channel 0, as on a PC, and count 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import ClassVar, Final
 
 from ..clock import PIT_HZ, Clock
+from ..saved import BYTE, COUNT, FLAG, MOMENT, Each, Field, Maybe, Number
 from . import PortClaim
 from .pic import Interrupts
 
@@ -38,6 +39,13 @@ _ONE_SHOT: Final = (0, 4)
 
 
 class _Channel:
+    SAVED: ClassVar[Field] = {
+        "mode": Number(5), "access": Number(3, low=1), "reload": Number(0x10000, low=1), "since_ns": MOMENT,
+        "waiting": FLAG, "latched": Maybe(Number(0xFFFF)), "status": Maybe(BYTE), "high_next": FLAG,
+        "_low": Maybe(BYTE),
+    }
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_clock"})
+
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.mode, self.access, self.reload = 3, 3, 0x10000
@@ -130,6 +138,10 @@ class _Channel:
 
 class Timer:
     """`changed()` is called when the guest programs channel 0, `lost(n)` when ticks are given up."""
+
+    SAVED: ClassVar[Field] = {
+        "_channels": Each(), "_gate": Number(15), "_seen": COUNT, "_owed": COUNT, "_not_before_ns": MOMENT}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_clock", "_interrupts", "_changed", "_lost"})
 
     def __init__(self, clock: Clock, interrupts: Interrupts, *, changed: Callable[[], None],
                  lost: Callable[[int], None]) -> None:

@@ -9,8 +9,10 @@ are remembered, nothing is drawn from them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from ..clock import Clock
+from ..saved import BYTE, Field, Raw
 from . import PortClaim
 
 __all__ = ["Vga"]
@@ -19,6 +21,9 @@ _FRAME_NS, _RETRACE_NS, _LINE_NS, _BLANK_NS = 14_268_000, 1_400_000, 31_778, 6_0
 
 
 class Vga:
+    SAVED: ClassVar[Field] = {"crtc": Raw(256), "_index": BYTE, "_plain": Raw(0x20)}
+    WIRING: ClassVar[frozenset[str]] = frozenset({"_clock"})
+
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.crtc = bytearray(256)
