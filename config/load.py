@@ -42,6 +42,7 @@ from .model import (
     GuestBoot,
     HostConfig,
     MetricsConfig,
+    MultibootBoot,
     RomBoot,
     SchedulerConfig,
     VmConfig,
@@ -53,6 +54,7 @@ from .rules import (
     findings,
     host_findings,
     image_findings,
+    module_findings,
 )
 
 __all__ = [
@@ -65,7 +67,7 @@ _SECTIONS: Final[Mapping[str, type[BaseModel]]] = {
     "host": HostConfig, "scheduler": SchedulerConfig, "metrics": MetricsConfig,
 }
 _BOOTS: Final[Mapping[str, type[BaseModel]]] = {
-    "disk": DiskBoot, "flat": FlatBoot, "guest": GuestBoot, "rom": RomBoot,
+    "disk": DiskBoot, "flat": FlatBoot, "multiboot": MultibootBoot, "guest": GuestBoot, "rom": RomBoot,
 }
 
 
@@ -276,6 +278,9 @@ class _Checker(TableChecker):
             index: look_at(vm.boot.image) for index, vm in vms.items()
             if vm.boot.image is not None})
         yield from disk_findings(vms, look_at)
+        yield from module_findings({
+            (index, number): (path, look_at(path)) for index, vm in vms.items() if isinstance(vm.boot, MultibootBoot)
+            for number, path in enumerate(vm.boot.module_files)})
 
     def rests_on_a_fault(self, finding: Finding) -> bool:
         if finding.at[0] != "vm" or len(finding.at) < 3:

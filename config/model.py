@@ -14,8 +14,8 @@ has it, cap and reservation in percent of one host CPU as Xen has them.
 Units.  Sizes are bytes ("16M", "640K", "1G" are binary multiples), `_us` microseconds, `cap`
 and `reservation` percent of one host CPU, addresses guest-physical.
 
-Poor at: boot is one source of bytes (a disk, a flat image, a built-in guest); a network has no
-words here yet.
+Poor at: boot is one source of bytes (a disk, a flat image, a kernel with its modules, a built-in guest); a
+network has no words here yet.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ __all__ = [
     "GuestInfo",
     "HostConfig",
     "MetricsConfig",
+    "ModuleConfig",
+    "MultibootBoot",
     "RomBoot",
     "SchedulerConfig",
     "VmConfig",
@@ -405,6 +407,75 @@ class RomBoot(_Table):
         return POST_PORTS if self.post is None else (self.post,)
 
 
+MODULES_MAX: Final = 8                 # each is a descriptor of the worker
+LINE_ALLOWED: Final = "one line of at most 4096 characters"
+CommandLine = Annotated[str, Strict(), AfterValidator(lambda text: _line(text))]
+
+
+def _line(text: str) -> str:
+    if len(text) > 4096 or any(character in text for character in "\0\r\n"):
+        raise _refuse(LINE_ALLOWED)
+    return text
+
+
+def _named_line(file: Path, text: str) -> str:
+    """A command line as a guest gets it: the name of the file first, as GRUB and QEMU have it."""
+    return f"{file.name} {text}".rstrip()
+
+
+class ModuleConfig(_Table):
+    """A file that a multiboot kernel finds in memory."""
+
+    file: FilePath = Field(description="The file, relative to this file.")
+    cmdline: CommandLine = Field(default="", description="Its command line; the file's name is put before it.")
+
+    @field_validator("file")
+    @classmethod
+    def _locate(cls, value: Path, info: ValidationInfo) -> Path:
+        return _located(value, info)
+
+
+def _module(value: object) -> object:
+    return {"file": value} if isinstance(value, str) else value
+
+
+class MultibootBoot(_Table):
+    """Boot a Multiboot 1 kernel: a 32-bit ELF file, or one whose header has the addresses."""
+
+    multiboot: FilePath = Field(description="The kernel, relative to this file.")
+    cmdline: CommandLine = Field(
+        default="", description="The kernel's command line; its file's name is put before it.")
+    modules: Annotated[tuple[Annotated[ModuleConfig, BeforeValidator(_module)], ...],
+                       Field(max_length=MODULES_MAX)] = Field(
+        default=(), description=f"At most {MODULES_MAX} files that it finds in memory: \"FILE\" or "
+                                '{ file = "FILE", cmdline = "..." }.')
+
+    @field_validator("multiboot")
+    @classmethod
+    def _locate(cls, value: Path, info: ValidationInfo) -> Path:
+        return _located(value, info)
+
+    @property
+    def kind(self) -> Literal["multiboot"]:
+        return "multiboot"
+
+    @property
+    def image(self) -> Path:
+        return self.multiboot
+
+    @property
+    def command_line(self) -> str:
+        return _named_line(self.multiboot, self.cmdline)
+
+    @property
+    def module_files(self) -> tuple[Path, ...]:
+        return tuple(module.file for module in self.modules)
+
+    @property
+    def module_lines(self) -> list[str]:
+        return [_named_line(module.file, module.cmdline) for module in self.modules]
+
+
 class GuestBoot(_Table):
     """Run one of the built-in guests."""
 
@@ -448,14 +519,15 @@ class GuestBoot(_Table):
         return {key: value for key, value in given.items() if value is not None}
 
 
-BOOT_KINDS: Final = ("disk", "flat", "guest", "rom")
+BOOT_KINDS: Final = ("disk", "flat", "multiboot", "guest", "rom")
 BOOT_ALLOWED: Final = (
-    'exactly one of { disk = "FILE" }, { flat = "FILE" }, { rom = "FILE" } and { guest = "NAME" }')
+    'exactly one of { disk = "FILE" }, { flat = "FILE" }, { multiboot = "FILE" }, { rom = "FILE" } and '
+    '{ guest = "NAME" }')
 TAG_PREFIX: Final = "boot:"            # load.py takes such parts out of an error's place
 
 
 def _boot_tag(value: object) -> str | None:
-    if isinstance(value, DiskBoot | FlatBoot | GuestBoot | RomBoot):
+    if isinstance(value, DiskBoot | FlatBoot | MultibootBoot | GuestBoot | RomBoot):
         return TAG_PREFIX + value.kind
     if isinstance(value, Mapping):
         kinds = [kind for kind in BOOT_KINDS if kind in value]
@@ -467,6 +539,7 @@ def _boot_tag(value: object) -> str | None:
 BootConfig = Annotated[
     Annotated[DiskBoot, Tag("boot:disk")]
     | Annotated[FlatBoot, Tag("boot:flat")]
+    | Annotated[MultibootBoot, Tag("boot:multiboot")]
     | Annotated[GuestBoot, Tag("boot:guest")]
     | Annotated[RomBoot, Tag("boot:rom")],
     Discriminator(
@@ -505,8 +578,8 @@ class VmConfig(_Table):
                                          "is said by bits.")
     bits: Bits = Field(
         default=16,
-        description="Width of the guest. Default: that of the built-in guest or flat image, else "
-                    "16. A 64-bit guest needs hardware.")
+        description="Width of the guest. Default: that of the built-in guest or flat image, 32 for a "
+                    "multiboot kernel, else 16. A 64-bit guest needs hardware.")
     vcpus: Annotated[Whole, Between(1, 1024)] = Field(
         default=1, description="Virtual CPUs. More than one needs hardware.")
     memory: Size = Field(
@@ -538,7 +611,7 @@ class VmConfig(_Table):
     console: Literal["auto", "text", "serial", "none"] = Field(
         default="auto",
         description="What `mixvisor console` shows: the text screen, the serial port or nothing. "
-                    "auto: text for a disk, serial for a flat image.")
+                    "auto: text for a disk or a multiboot kernel, serial for a flat image.")
     progress: Annotated[Whole, Between(0, MEMORY_MAX_BYTES - 8)] | None = Field(
         default=None,
         description="Guest-physical address of a 64-bit counter that the guest raises as it "
@@ -585,6 +658,8 @@ class VmConfig(_Table):
             table.setdefault("bits", info.bits)
             if info.progress:
                 table.setdefault("progress", PROGRESS_DEFAULT)
+        elif "multiboot" in source:
+            table.setdefault("bits", 32)
         elif "flat" in source and source.get("bits", 16) in (16, 32, 64):
             table.setdefault("bits", source.get("bits", 16))
         return table
@@ -601,7 +676,7 @@ class VmConfig(_Table):
             return self.console
         if isinstance(self.boot, GuestBoot):
             return GUESTS[self.boot.guest].console
-        return "text" if self.boot.kind == "disk" else "serial"
+        return "serial" if self.boot.kind == "flat" else "text"
 
 
 class HostConfig(_Table):

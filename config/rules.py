@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from .locate import Place
@@ -30,7 +31,9 @@ from .model import (
     usable_cpus,
 )
 
-__all__ = ["Finding", "HostLimits", "ImageFacts", "findings", "host_findings", "image_findings"]
+__all__ = [
+    "Finding", "HostLimits", "ImageFacts", "findings", "host_findings", "image_findings", "module_findings",
+]
 
 SECTOR_BYTES: Final = 512
 ROM_MEMORY_BYTES: Final = (1 << 20, 3 << 30)     # its copy ends at 1 MiB, and memory must end below the ROM
@@ -197,18 +200,9 @@ def image_findings(vms: Vms, images: Mapping[int, ImageFacts]) -> Iterator[Findi
             continue
         at: Place = ("vm", index, "boot", boot.kind)
         path = f'"{boot.image}"'
-        if image.state == "missing":
-            yield Finding(at, "image-missing", f"{path}, which does not exist",
-                          "a file, named relative to the configuration's folder")
-        elif image.state == "directory":
-            yield Finding(at, "image-directory", f"{path}, which is a directory", "a file")
-        elif image.state == "special":
-            yield Finding(at, "image-special", f"{path}, which is no regular file",
-                          "a regular file")
-        elif image.state == "unreadable":
-            yield Finding(at, "image-unreadable",
-                          f"{path}, which cannot be read ({image.detail})",
-                          "a file that this user may read")
+        unusable = _unusable(at, path, image)
+        if unusable is not None:
+            yield unusable
         elif image.size_bytes == 0:
             yield Finding(at, "image-empty", f"{path}, which is empty", "a file with a guest in it")
         elif boot.kind == "disk" and image.size_bytes < SECTOR_BYTES:
@@ -224,6 +218,32 @@ def image_findings(vms: Vms, images: Mapping[int, ImageFacts]) -> Iterator[Findi
                 f"{path} of {_about(image.size_bytes)} at {hex(boot.load)}",
                 f"at most {vm.memory - boot.load} bytes there, with {format_size(vm.memory)} of "
                 "memory", rests_on=("memory",))
+
+
+def module_findings(modules: Mapping[tuple[int, int], tuple[Path, ImageFacts]]) -> Iterator[Finding]:
+    """Modules of multiboot kernels that cannot be had; by index of the [[vm]] table and of the module.
+
+    An empty one is a module like any other.
+    """
+    for (index, number), (path, facts) in modules.items():
+        unusable = _unusable(("vm", index, "boot", "modules", number), f'"{path}"', facts)
+        if unusable is not None:
+            yield unusable
+
+
+def _unusable(at: Place, path: str, image: ImageFacts) -> Finding | None:
+    """What is wrong with a file before a byte of it is looked at."""
+    if image.state == "missing":
+        return Finding(at, "image-missing", f"{path}, which does not exist",
+                       "a file, named relative to the configuration's folder")
+    if image.state == "directory":
+        return Finding(at, "image-directory", f"{path}, which is a directory", "a file")
+    if image.state == "special":
+        return Finding(at, "image-special", f"{path}, which is no regular file", "a regular file")
+    if image.state == "unreadable":
+        return Finding(at, "image-unreadable", f"{path}, which cannot be read ({image.detail})",
+                       "a file that this user may read")
+    return None
 
 
 def _about(size_bytes: int) -> str:

@@ -71,6 +71,7 @@ def configuration() -> str:
     titles = {"HostConfig": "[host]", "SchedulerConfig": "[scheduler]", "MetricsConfig": "[metrics]",
               "VmConfig": "[[vm]]", "DiskBoot": "boot = { disk = ... }",
               "DiskConfig": "disks = [{ disk = ... }]", "FlatBoot": "boot = { flat = ... }",
+              "MultibootBoot": "boot = { multiboot = ... }", "ModuleConfig": "modules of boot = { multiboot = ... }",
               "GuestBoot": "boot = { guest = ... }", "RomBoot": "boot = { rom = ... }"}
     lines: list[str] = []
     for name, title in titles.items():

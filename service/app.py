@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, cast
 import structlog
 import trio
 
-from ..config.model import Config, DiskBoot, FlatBoot, RomBoot, VmConfig, vm_cpus
+from ..config.model import Config, DiskBoot, FlatBoot, MultibootBoot, RomBoot, VmConfig, vm_cpus
 from ..metrics.snapshot import (
     CpuSnapshot,
     Histogram,
@@ -72,6 +72,8 @@ def worker_spec(vm: VmConfig, decision: ModeDecision, *, sandbox: bool) -> Worke
         return WorkerSpec(**common, boot="flat", bits=boot.bits, load=boot.load, entry=boot.start)
     if isinstance(boot, RomBoot):
         return WorkerSpec(**common, boot="rom", post_ports=list(boot.post_ports))
+    if isinstance(boot, MultibootBoot):
+        return WorkerSpec(**common, boot="multiboot", command_line=boot.command_line, modules=boot.module_lines)
     guest = BUILTIN[boot.guest]
     return WorkerSpec(**common, boot="flat", builtin=guest.name, bits=guest.bits, load=guest.load,
                       entry=guest.entry, pokes=pokes(guest.name, boot.parameters))

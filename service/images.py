@@ -1,7 +1,8 @@
 """The files of a VM, opened and locked for one incarnation of its worker.
 
-A flat image is one descriptor; each disk is its image and, where it has one, its overlay, in the order that the worker
-expects (vm/worker/protocol.py).  Which drive a disk is in depends on its size, so it is known only here.
+A flat image is one descriptor, a kernel one and one more for each of its modules; each disk is its image and, where it
+has one, its overlay, in the order that the worker expects (vm/worker/protocol.py).  Which drive a disk is in depends on
+its size, so it is known only here.
 
 Blocking: an overlay whose image has another date is compared by its contents. `open_images` belongs into a thread.
 """
@@ -13,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..config.disks import DRIVES_EACH
-from ..config.model import DiskBoot, DiskConfig, VmConfig
+from ..config.model import DiskBoot, DiskConfig, MultibootBoot, VmConfig
 from ..vm.disks.files import DiskError, anonymous_overlay, open_image, open_overlay
 from ..vm.worker.protocol import DiskSpec
 from .backend import ServiceError
@@ -42,6 +43,8 @@ def open_images(config: VmConfig) -> Images:
             _open_disks(config, images)
         elif config.boot.image is not None:
             images.fds.append(open_image(config.boot.image))
+            if isinstance(config.boot, MultibootBoot):
+                images.fds += map(open_image, config.boot.module_files)
     except (DiskError, ValueError, OSError) as error:
         images.close()
         raise ServiceError(str(error)) from error

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixvisor.config.load import ConfigError, HostLimits, Problem, check, judge, load
-from mixvisor.config.model import GuestBoot, VmConfig
+from mixvisor.config.model import GuestBoot, MultibootBoot, VmConfig
 
 TWO_CPUS = HostLimits((0, 1), 1 << 30)
 
@@ -269,6 +269,32 @@ def test_each_fault_of_a_boot_image_is_its_own(tmp_path: Path) -> None:
         "d3": "image-too-small", "d4": "image-special", "d6": "image-missing",
         "flat": "image-larger-than-memory",
     }
+
+
+def test_a_kernel_has_its_modules_and_command_lines_with_the_names_first(tmp_path: Path) -> None:
+    (tmp_path / "kernel.elf").write_bytes(b"x")
+    (tmp_path / "env").touch()
+    config = load(written(tmp_path, vm("", boot='{ multiboot = "kernel.elf", cmdline = "a b", modules = '
+                                                '["env", { file = "env", cmdline = "x=1" }] }')))
+    boot = config.vms[0].boot
+    assert isinstance(boot, MultibootBoot)
+    assert (config.vms[0].bits, config.vms[0].console_kind) == (32, "text")
+    assert (boot.command_line, boot.module_lines) == ("kernel.elf a b", ["env", "env x=1"])
+    assert boot.module_files == (tmp_path / "env", tmp_path / "env")
+
+
+@pytest.mark.parametrize(("boot", "code", "key"), [
+    ('{ multiboot = "none" }', "image-missing", "boot.multiboot"),
+    ('{ multiboot = "k", modules = ["k", "none"] }', "image-missing", "boot.modules.1"),
+    ('{ multiboot = "k", modules = [{ file = "k", x = 1 }] }', "unknown-key", "boot.modules.0.x"),
+    ('{ multiboot = "k", modules = ["k", "k", "k", "k", "k", "k", "k", "k", "k"] }', "not-allowed", "boot.modules"),
+    ('{ multiboot = "k", cmdline = "a\\nb" }', "not-allowed", "boot.cmdline"),
+    ('{ multiboot = "k", flat = "k" }', "not-allowed", "boot"),
+])
+def test_each_fault_of_a_kernel_is_its_own(tmp_path: Path, boot: str, code: str, key: str) -> None:
+    (tmp_path / "k").write_bytes(b"x")
+    problem = only(check(written(tmp_path, vm("", boot=boot))))
+    assert (problem.code, problem.key) == (code, key)
 
 
 def test_an_image_that_may_not_be_read_is_told(

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from . import multiboot
+
 __all__ = ["FORMATS", "LIMIT", "Entry", "Format", "Image", "ImageError", "load", "read_image"]
 
 Format = Literal["boot-sector", "multiboot", "bzimage", "elf", "rom", "flat"]
@@ -33,8 +35,6 @@ FORMATS: Final = ("boot-sector", "multiboot", "bzimage", "elf", "rom", "flat")
 LIMIT: Final = 64 << 20
 BOOT_SECTOR: Final = 0x7C00
 SECTOR: Final = 512
-_MULTIBOOT: Final = 0x1BAD_B002
-_MULTIBOOT_SEARCH: Final = 8192
 _SETUP_SEGMENT: Final = 0x9000
 _CODE32: Final = 0x10_0000
 _ROM_SIZES: Final = (64 << 10, 128 << 10, 256 << 10)
@@ -124,7 +124,7 @@ def read_image(
 def _recognize(data: bytes) -> str:
     if data[0x202:0x206] == b"HdrS":
         return "bzimage"
-    if _multiboot_header(data) is not None:
+    if multiboot.find_header(data) is not None:
         return "multiboot"
     if data[:4] == b"\x7FELF":
         return "elf"
@@ -164,39 +164,19 @@ def _rom(data: bytes, size: int) -> Image:
     return Image("rom", size, (Entry(16, 0xF_0000, 0xFFF0, "reset vector"),), [(0x10_0000 - len(low), low)])
 
 
-def _multiboot_header(data: bytes) -> int | None:
-    """Offset of a multiboot 1 header with a right checksum."""
-    at = -4
-    head = data[:_MULTIBOOT_SEARCH]
-    while (at := head.find(b"\x02\xB0\xAD\x1B", at + 4)) != -1:
-        if at % 4 == 0 and at + 12 <= len(head) and sum(struct.unpack_from("<III", head, at)) & 0xFFFF_FFFF == 0:
-            return at
-    return None
-
-
 def _multiboot(data: bytes, size: int) -> Image:
-    at = _multiboot_header(data)
-    if at is None:
-        raise ImageError("this is no multiboot kernel: the first 8 KiB have no header with a right checksum")
-    flags, = struct.unpack_from("<I", data, at + 4)
-    if not flags & 1 << 16:
-        if data[:4] != b"\x7FELF":
-            raise ImageError("its multiboot header gives no addresses (flag 16) and it is no ELF file, so nobody "
-                             "knows where it is loaded")
-        image = _elf(data, size)
-        image.format = "multiboot"
-        image.entries = (Entry(32, 0, image.entries[0].offset, "multiboot entry"),)
-        return image
-    if at + 32 > len(data):
-        raise ImageError("its multiboot header is cut off")
-    header, load, load_end, _bss, entry = struct.unpack_from("<5I", data, at + 12)
-    first = at - (header - load)
-    last = first + (load_end - load) if load_end else len(data)
-    if not 0 <= first < last <= len(data):
-        raise ImageError(f"its multiboot header loads bytes {first} to {last} of a file of {len(data)}")
-    if not load <= entry < load + last - first:
-        raise ImageError(f"its multiboot entry {entry:#x} is outside of what it loads")
-    return Image("multiboot", size, (Entry(32, 0, entry, "multiboot entry"),), [(load, data[first:last])])
+    try:
+        kernel = multiboot.parse(lambda offset, length: data[offset:offset + length], size)
+    except multiboot.MultibootError as error:
+        raise ImageError(str(error)) from error
+    if sum(part.file_bytes for part in kernel.parts) > LIMIT:
+        raise ImageError(f"its segments load more than {LIMIT >> 20} MiB")
+    pieces: list[tuple[int, bytes]] = []
+    for part in kernel.parts:
+        piece = data[part.offset:part.offset + part.file_bytes]
+        # A kernel runs where it is loaded until it has paging on, and where it is linked from then on.
+        pieces += [(address, piece) for address in dict.fromkeys((part.address, part.virtual))]
+    return Image("multiboot", size, (Entry(32, 0, kernel.entry, "multiboot entry"),), pieces)
 
 
 def _elf(data: bytes, size: int) -> Image:

@@ -33,7 +33,7 @@ from typing import Final
 
 from .base import RDX, RIP, RSP, CpuState, DescriptorTable, EngineError, Segment
 
-__all__ = ["FLAT_IMAGE_MIN", "flat_state", "reset_state"]
+__all__ = ["FLAT_IMAGE_MIN", "GDT_BYTES", "flat_state", "protected_state", "reset_state"]
 
 FLAT_IMAGE_MIN: Final = 0x8000
 GIB: Final = 1 << 30
@@ -55,6 +55,7 @@ _GDT_64: Final = (
     0,
 )
 _GDT_32: Final = (0, 0x00CF_9B00_0000_FFFF, *_GDT_64[2:5])
+GDT_BYTES: Final = 8 * len(_GDT_32)   # of 32-bit protected mode
 
 
 def flat_state(memory: mmap.mmap, bits: int, entry: int) -> CpuState:
@@ -70,7 +71,7 @@ def flat_state(memory: mmap.mmap, bits: int, entry: int) -> CpuState:
         raise EngineError(f"bits = {bits}: a flat guest starts in 16, 32 or 64 bits")
     if len(memory) < FLAT_IMAGE_MIN:
         raise EngineError(f"{bits}-bit flat guests need {FLAT_IMAGE_MIN} bytes of memory at least")
-    return _protected(memory, entry) if bits == 32 else _long(memory, entry)
+    return protected_state(memory, entry) if bits == 32 else _long(memory, entry)
 
 
 def reset_state() -> CpuState:
@@ -106,17 +107,18 @@ def _segments(state: CpuState, *, long: bool) -> None:
     state.idt = DescriptorTable(0, 0)
 
 
-def _write_gdt(memory: mmap.mmap, state: CpuState, descriptors: tuple[int, ...]) -> None:
+def _write_gdt(memory: mmap.mmap, state: CpuState, descriptors: tuple[int, ...], at: int = _GDT) -> None:
     table = struct.pack(f"<{len(descriptors)}Q", *descriptors)
-    memory[_GDT:_GDT + len(table)] = table
-    state.gdt = DescriptorTable(_GDT, len(table) - 1)
+    memory[at:at + len(table)] = table
+    state.gdt = DescriptorTable(at, len(table) - 1)
 
 
-def _protected(memory: mmap.mmap, entry: int) -> CpuState:
+def protected_state(memory: mmap.mmap, entry: int, *, gdt: int = _GDT, stack: int = _STACK) -> CpuState:
+    """32-bit protected mode with flat segments: `GDT_BYTES` are written at *gdt*."""
     state = CpuState(cr0=0x11)
     _segments(state, long=False)
-    _write_gdt(memory, state, _GDT_32)
-    state.gpr[RIP], state.gpr[RSP] = entry, _STACK
+    _write_gdt(memory, state, _GDT_32, gdt)
+    state.gpr[RIP], state.gpr[RSP] = entry, stack
     return state
 
 

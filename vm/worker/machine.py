@@ -28,6 +28,7 @@ and one store, some 200 ns, as against 2 us (software) to 66 us (PVM) for the ex
 | 278-27A 378-37A 3BC-3BE | printer ports, whose output joins that of the debug port |
 | 3C0-3DF | text display |
 | 3F8-3FF | serial port |
+| 510-511 | firmware configuration (multiboot kernels only) |
 | CF8-CFF | PCI configuration: ones, there is no bus |
 """
 
@@ -46,6 +47,7 @@ from .devices import keyboard as keyboard_device
 from .devices.board import Board
 from .devices.cmos import Cmos
 from .devices.disk import Disk
+from .devices.fwcfg import FirmwareConfig
 from .devices.keyboard import Keyboard
 from .devices.parallel import Parallel
 from .devices.pic import Interrupts
@@ -84,12 +86,14 @@ class Screen:
 class Machine:
     """`count(name, n)` adds to a field of the status page. `disks` bring the BIOS with them; it boots from the first.
 
-    `alarm(ns)` is told when `poll` should be called next (monotonic; None: no device needs it).
+    `alarm(ns)` is told when `poll` should be called next (monotonic; None: no device needs it). `fw_cfg`: where
+    the VM has one.
     """
 
     SAVED: ClassVar[Field] = {
         **dict.fromkeys(
-            ("serial", "parallel", "interrupts", "timer", "keyboard", "vga", "cmos", "board", "bios"), Part()),
+            ("serial", "parallel", "interrupts", "timer", "keyboard", "vga", "cmos", "board", "bios",
+             "fw_cfg"), Part()),
     }
     WIRING: ClassVar[frozenset[str]] = frozenset({
         "memory", "ending", "_cpu", "_clock", "_count", "_alarm", "next_event_ns", "_seen", "_reads", "_writes",
@@ -98,7 +102,7 @@ class Machine:
     def __init__(
         self, memory: GuestMemory, clock: Clock, count: Callable[[str, int], None],
         disks: Sequence[Disk] = (), alarm: Callable[[int | None], None] = lambda _ns: None,
-        post_ports: Iterable[int] = (0x80,),
+        post_ports: Iterable[int] = (0x80,), fw_cfg: FirmwareConfig | None = None,
     ) -> None:
         self.memory = memory
         self.ending: MachineEnding | None = None
@@ -121,8 +125,10 @@ class Machine:
         self._reads: dict[int, Callable[[], int]] = {}
         self._writes: dict[int, Callable[[int], None]] = {}
         self.board = Board(self.serial.put, self.end)
+        self.fw_cfg = fw_cfg
         self.parallel = Parallel(self.serial.put)
-        self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial, self.parallel, self.board)
+        self._claim(interrupts, self.timer, self.keyboard, self.vga, cmos, self.serial, self.parallel, self.board,
+                    *([fw_cfg] if fw_cfg else []))
         for port in post_ports:
             self._reads.setdefault(port, ones)
             self._watch_post(port, self.board)

@@ -12,8 +12,21 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from typing import Final
 
-__all__ = ["GuestMemory"]
+__all__ = ["CONVENTIONAL_END", "GuestMemory", "memory_map"]
+
+CONVENTIONAL_END: Final = 639 << 10   # the KiB below the video memory is the BIOS', whether there is one or not
+
+
+def memory_map(size: int) -> list[tuple[int, int, int]]:
+    """(start, length, type) of each range of a PC with *size* bytes of memory; type 1 is RAM to be used, 2 is not."""
+    ranges = [(0, min(size, CONVENTIONAL_END), 1)]
+    if size > CONVENTIONAL_END:
+        ranges += [(CONVENTIONAL_END, 0xA_0000 - CONVENTIONAL_END, 2), (0xF_0000, 0x1_0000, 2)]
+    if size > 0x10_0000:
+        ranges.append((0x10_0000, size - 0x10_0000, 1))
+    return ranges
 
 
 class GuestMemory:

@@ -51,10 +51,11 @@ from ..engines.base import (
     ExitReason,
     HostLimit,
 )
-from . import sandbox
+from . import multiboot, sandbox
 from .clock import Clock, HostClock
 from .control import Control
 from .devices.disk import Disk
+from .devices.fwcfg import FirmwareConfig
 from .eyes import Eyes, flatten
 from .machine import Machine
 from .memory import GuestMemory
@@ -119,7 +120,8 @@ class Worker:
         }
         disks = self._load()
         rom = self._load_rom() if spec.boot == "rom" else None
-        self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm, post_ports=spec.post_ports)
+        self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm, post_ports=spec.post_ports,
+                               fw_cfg=FirmwareConfig(spec.memory_bytes) if spec.boot == "multiboot" else None)
         try:
             self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits, rom)
         except HostLimit as error:
@@ -167,8 +169,8 @@ class Worker:
             if not isinstance(boot_sector, bytes):
                 raise StartFailed("image", "the boot sector of the disk to boot from cannot be read")
             self._memory.poke(BOOT_SECTOR, boot_sector)
-        elif spec.boot == "rom":
-            disks = []
+        elif spec.boot in ("rom", "multiboot"):
+            disks = []                            # `_load_rom`, `_boot_kernel`
         else:
             disks = []
             if spec.builtin is not None:
@@ -205,6 +207,8 @@ class Worker:
     def _first_state(self) -> CpuState:
         if self._spec.boot == "rom":
             return entry.reset_state()
+        if self._spec.boot == "multiboot":
+            return self._boot_kernel()
         if not self.machine.disks:
             return entry.flat_state(self._raw, self._spec.bits, self._spec.entry)
         state = CpuState()
@@ -212,6 +216,18 @@ class Worker:
         state.gpr[RDX] = self.machine.disks[0].drive
         state.gpr[RAX] = 0xAA55
         state.gpr[RFLAGS] = 0x202                 # a BIOS enters with interrupts on
+        return state
+
+    def _boot_kernel(self) -> CpuState:
+        spec = self._spec
+        image, *files = self._image_fds
+        modules = [multiboot.Module(fd, text) for fd, text in zip(files, spec.modules, strict=True)]
+        try:
+            state = multiboot.boot(self._raw, image, spec.command_line, modules)
+        except multiboot.BootError as error:
+            raise StartFailed(error.kind, str(error)) from error
+        for fd in self._image_fds:
+            os.close(fd)
         return state
 
     # Life.

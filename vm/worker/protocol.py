@@ -77,19 +77,22 @@ class DiskSpec:
 class WorkerSpec:
     """What a worker is started with (JSON), beside these descriptors, in this order:
     control socket, guest memory memfd, status memfd, and then the flat image (read-only; -1 where the image is a
-    built-in guest) or the descriptors of the disks, the one that it boots from first.
+    built-in guest), or the descriptors of the disks, the one that it boots from first, or a multiboot kernel and its
+    modules.
     """
 
     name: str
     engine: Literal["kvm", "software"]
     memory_bytes: int
-    boot: Literal["flat", "disk", "rom"]
+    boot: Literal["flat", "disk", "rom", "multiboot"]
     disks: list[DiskSpec] = field(default_factory=list["DiskSpec"])     # none: one, read-only
     builtin: str | None = None                # name in vm/guests; boots flat, or as a boot sector
     bits: Literal[16, 32, 64] = 16            # flat: the mode the vCPU starts in
     load: int = 0x10000                       # flat: guest-physical address of the first byte
     entry: int = 0x10000                      # flat: where execution starts (linear)
     post_ports: list[int] = field(default_factory=lambda: [0x80])     # where the guest writes its POST codes
+    command_line: str = ""                    # multiboot: the name of the kernel first
+    modules: list[str] = field(default_factory=list)   # multiboot: the command line of each
     pokes: list[tuple[int, int]] = field(default_factory=list)  # (address, u64) before start
     sandbox: bool = True                      # nobody, namespaces, seccomp as far as permitted
     started_paused: bool = False

@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import pytest
@@ -177,7 +177,7 @@ def bench() -> Iterator[Callable[..., BiosBench]]:
 class RunningWorker:
     """A forked worker and the supervisor's end of its socket. It dies with the test, always."""
 
-    def __init__(self, spec: WorkerSpec, image: bytes | None) -> None:
+    def __init__(self, spec: WorkerSpec, image: bytes | None, module_files: Sequence[bytes] = ()) -> None:
         self.memory_fd = os.memfd_create("memory")
         os.ftruncate(self.memory_fd, spec.memory_bytes)
         status_fd = os.memfd_create("status")
@@ -186,6 +186,9 @@ class RunningWorker:
         if image is not None:
             image_fd = os.memfd_create("image")
             os.write(image_fd, image)
+        module_fds = [os.memfd_create("module") for _ in module_files]
+        for fd, data in zip(module_fds, module_files, strict=True):
+            os.write(fd, data)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # As the zygote has it: a kick that comes before the worker's own handler is not its death.
         ignored = [(number, signal.signal(number, signal.SIG_IGN)) for number in kick.SIGNALS]
@@ -194,7 +197,7 @@ class RunningWorker:
             code = 70
             try:
                 signal.alarm(2 * PATIENCE_S)     # until the worker takes SIGALRM for itself
-                fds = [theirs.fileno(), self.memory_fd, status_fd, image_fd]
+                fds = [theirs.fileno(), self.memory_fd, status_fd, image_fd, *module_fds]
                 code = process.spawned(json.loads(json.dumps(spec.to_json())), fds)
             finally:
                 os._exit(code)
@@ -205,7 +208,7 @@ class RunningWorker:
         self.link.settimeout(PATIENCE_S)
         self.status = StatusPage(status_fd, writable=False)
         self.memory = mmap.mmap(self.memory_fd, spec.memory_bytes)
-        for fd in (status_fd, image_fd):
+        for fd in (status_fd, image_fd, *module_fds):
             if fd >= 0:
                 os.close(fd)
         self._next = 0
@@ -293,9 +296,10 @@ def start() -> Iterator[Callable[..., RunningWorker]]:
     """`start(engine, image, boot="flat", bits=16, ...)` makes a worker; all end with the test."""
     made: list[RunningWorker] = []
 
-    def make(engine: str, image: bytes | None = None, **fields: Any) -> RunningWorker:
+    def make(engine: str, image: bytes | None = None, *, module_files: Sequence[bytes] = (),
+             **fields: Any) -> RunningWorker:
         fields = {"name": "guest", "memory_bytes": 2 << 20, "boot": "flat", **fields}
-        made.append(RunningWorker(WorkerSpec(engine=engine, **fields), image))  # type: ignore
+        made.append(RunningWorker(WorkerSpec(engine=engine, **fields), image, module_files))  # type: ignore
         return made[-1]
 
     yield make

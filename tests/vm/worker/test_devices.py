@@ -13,6 +13,7 @@ from mixvisor.vm.worker.clock import PIT_HZ
 from mixvisor.vm.worker.devices.board import Board
 from mixvisor.vm.worker.devices.cmos import Cmos, bcd
 from mixvisor.vm.worker.devices.disk import DAMAGED, Disk, Fault
+from mixvisor.vm.worker.devices.fwcfg import FirmwareConfig
 from mixvisor.vm.worker.devices.keyboard import ALT, BYTE_NS, CTRL, QUEUE_KEYS, SHIFT, Keyboard, strokes
 from mixvisor.vm.worker.devices.pic import Interrupts
 from mixvisor.vm.worker.devices.timer import CATCH_UP, OWED_S, Timer
@@ -647,3 +648,19 @@ def test_a_sector_that_is_not_what_its_checksum_says_is_unreadable(files):
     os.pwrite(overlay, b"?", 8192)
     assert disk.read(0, 1) is Fault.UNREADABLE
     assert disk.error == DAMAGED
+
+
+# Firmware configuration.
+
+def test_an_item_of_the_firmware_configuration_is_read_byte_by_byte_then_zeros():
+    ports = Ports(FirmwareConfig(48 << 20, 3))
+
+    def item(number, length):
+        ports.write(0x510, number & 0xFF)
+        ports.write(0x511, number >> 8)
+        return bytes(ports.read(0x511) for _ in range(length))
+
+    assert item(0, 6) == b"QEMU\0\0"
+    assert item(3, 8) == (48 << 20).to_bytes(8, "little")
+    assert item(5, 2) == item(15, 2) == b"\3\0"
+    assert item(0x19, 4) == item(0x8003, 4) == bytes(4)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixvisor.vm.engines.base import RSP
+from mixvisor.vm.worker.devices.fwcfg import FirmwareConfig
 from mixvisor.vm.worker.machine import Machine
 from mixvisor.vm.worker.memory import GuestMemory
 from mixvisor.vm.worker.saved import BadState, Moments, capture, install
@@ -20,7 +21,7 @@ SECTOR = b"\xEB\xFE".ljust(512, b"\0")
 
 # What a step of a guest's, or of the world around it, can be.
 PORTS = (0x20, 0x21, 0xA0, 0xA1, 0x40, 0x41, 0x42, 0x43, 0x61, 0x60, 0x64, 0x70, 0x71, 0x92, 0xE0, 0xE3, 0xCF8,
-         0x3D4, 0x3D5, 0x3C0, 0x378, 0x37A, *range(0x3F8, 0x400))
+         0x3D4, 0x3D5, 0x3C0, 0x378, 0x37A, 0x510, 0x511, *range(0x3F8, 0x400))
 ENDING = {(0x64, value) for value in range(0xF0, 0x100)} | {(0x92, value) for value in range(256) if value & 1}
 # Mostly what makes devices do something: masks, end of interrupt, counts, modes, commands of the keyboard.
 usual = (0x00, 0x11, 0x13, 0x20, 0x34, 0x36, 0x60, 0x0B, 0x46, 0xAE, 0xF2)
@@ -46,7 +47,8 @@ class World:
             self.clock, self.cpu, self.machine = bench.clock, bench.cpu, bench.machine
         else:
             self.clock, self.cpu = FakeClock(), FakeCpu()
-            self.machine = Machine(GuestMemory(bytearray(1 << 20)), self.clock, lambda _name, _n: None)
+            self.machine = Machine(GuestMemory(bytearray(1 << 20)), self.clock, lambda _name, _n: None,
+                                   fw_cfg=FirmwareConfig(1 << 20))
             self.machine.attach(self.cpu)
         self.clock.now_ns = now_ns
 

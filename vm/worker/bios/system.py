@@ -15,7 +15,7 @@ from ...engines.base import RAX, RBX, RCX, RDX
 from ..clock import TICKS_PER_DAY, Clock
 from ..devices.cmos import Cmos, bcd
 from ..devices.serial import Serial
-from ..memory import GuestMemory
+from ..memory import GuestMemory, memory_map
 from . import rom
 from .registers import Call, Wait
 
@@ -132,13 +132,7 @@ class System:
         call.succeed()
 
     def _memory_map(self, call: Call) -> None:
-        entries = [
-            (0, rom.CONVENTIONAL_KIB << 10, 1),
-            (rom.CONVENTIONAL_KIB << 10, 0xA0000 - (rom.CONVENTIONAL_KIB << 10), 2),
-            (0xF0000, 0x10000, 2),
-        ]
-        if self._memory.size > 0x100000:
-            entries.append((0x100000, self._memory.size - 0x100000, 1))
+        entries = memory_map(self._memory.size)
         index = call.gpr[RBX] & 0xFFFFFFFF
         asked = call.gpr[RDX] & 0xFFFFFFFF
         if asked != _SMAP or index >= len(entries) or call.gpr[RCX] & 0xFFFFFFFF < 20:
