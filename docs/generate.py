@@ -14,11 +14,13 @@ from mixvisor.config.model import format_size
 from mixvisor.config.scenario import Scenario
 from mixvisor.config.schema import json_schema
 from mixvisor.service.warnings import sections
+from mixvisor.vm.engines.kvm.exits import table
 from mixvisor.vm.lifecycle import diagram
 from mixvisor.vm.modes import rules_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("ARCHITECTURE.md", "docs/modes.md", "docs/configuration.md", "docs/simulator.md", "docs/warnings.md")
+PAGES = ("ARCHITECTURE.md", "docs/modes.md", "docs/configuration.md", "docs/simulator.md", "docs/warnings.md",
+         "docs/engines.md")
 PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -96,6 +98,7 @@ PARTS = {
     "configuration": configuration,
     "scenario": scenario,
     "warnings": sections,
+    "kvm-exits": table,
 }
 
 

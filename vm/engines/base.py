@@ -66,6 +66,8 @@ class ExitKind(enum.IntEnum):
     INTERRUPT = 6        # an external interrupt; on the software engine also every exception
     SHUTDOWN = 7
     OTHER = 8
+    MSR_READ = 9         # of an MSR that the engine does not have: #GP in the guest
+    MSR_WRITE = 10
 
 
 EXIT_KINDS: Final = tuple(kind.name.lower() for kind in ExitKind)
@@ -80,6 +82,7 @@ class ExitReason(enum.Enum):
     TRIPLE_FAULT = "triple-fault"  # the guest's own fault: a PC would reset
     HOST_LIMIT = "host-limit"      # the host's KVM cannot run this (decoded instruction in detail)
     GUEST_ERROR = "guest-error"    # e.g. execution outside memory, where a PC runs floating bus
+    ENDED = "ended"                # the guest shut the machine down or reset it; how, in detail
     UNSUPPORTED = "unsupported"    # an exit or state this engine does not handle; see detail
 
 

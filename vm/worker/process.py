@@ -290,6 +290,8 @@ class Worker:
             return Ending("stopped", ended.reason, ended.code, exit_code=ended.exit_code)
         if left.reason in (ExitReason.KICKED, ExitReason.STOPPED):
             return None
+        if left.reason is ExitReason.ENDED:
+            return Ending("stopped", left.detail, "reset")
         if left.reason is ExitReason.HALTED:
             if not left.interrupts_on:
                 last = f" after POST code {self.machine.post_codes[-1]:02X}h" if self.machine.post_codes else ""

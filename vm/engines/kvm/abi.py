@@ -16,8 +16,8 @@ from typing import Final
 
 __all__ = [
     "API_VERSION", "CPUID_ENTRIES_MAX", "IOCTLS", "RUN_OFFSETS", "CpuidEntry", "CpuidHeader", "DebugRegisters",
-    "Events", "ExitCode", "InternalError", "IoDirection", "MsrEntry", "MsrHeader", "Registers", "SegmentAbi",
-    "SpecialRegisters", "TableAbi", "UserMemoryRegion", "Xsave",
+    "EnableCapability", "Events", "ExitCode", "InternalError", "IoDirection", "MsrEntry", "MsrHeader", "Registers",
+    "SegmentAbi", "SpecialRegisters", "SystemEvent", "TableAbi", "UserMemoryRegion", "Xsave",
 ]
 
 API_VERSION: Final = 12
@@ -48,16 +48,19 @@ IOCTLS: Final = {
     "KVM_SET_DEBUGREGS": 0x4080AEA2,
     "KVM_GET_XSAVE": 0x9000AEA4,
     "KVM_SET_XSAVE": 0x5000AEA5,
+    "KVM_ENABLE_CAP": 0x4068AEA3,
 }
 
 CAP_XSAVE: Final = 55
 CAP_SYNC_REGS: Final = 74
 SYNC_REGISTERS: Final = 1 | 2        # KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 CAP_IMMEDIATE_EXIT: Final = 136
+CAP_X86_USER_SPACE_MSR: Final = 188
+MSR_REASONS: Final = 1 | 2           # KVM_MSR_EXIT_REASON_INVAL, _UNKNOWN
 
 
 class ExitCode(enum.IntEnum):
-    """`kvm_run.exit_reason`, the ones x86 can give. Others stay plain numbers."""
+    """`kvm_run.exit_reason`. Numbers that are not here stay plain numbers."""
 
     UNKNOWN = 0
     EXCEPTION = 1
@@ -72,14 +75,33 @@ class ExitCode(enum.IntEnum):
     INTR = 10
     SET_TPR = 11
     TPR_ACCESS = 12
+    S390_SIEIC = 13
+    S390_RESET = 14
+    DCR = 15
     NMI = 16
     INTERNAL_ERROR = 17
+    OSI = 18
+    PAPR_HCALL = 19
+    S390_UCONTROL = 20
+    WATCHDOG = 21
+    S390_TSCH = 22
+    EPR = 23
     SYSTEM_EVENT = 24
+    S390_STSI = 25
     IOAPIC_EOI = 26
+    HYPERV = 27
+    ARM_NISV = 28
     X86_RDMSR = 29
     X86_WRMSR = 30
+    DIRTY_RING_FULL = 31
+    AP_RESET_HOLD = 32
     X86_BUS_LOCK = 33
+    XEN = 34
+    RISCV_SBI = 35
+    RISCV_CSR = 36
     NOTIFY = 37
+    LOONGARCH_IOCSR = 38      # Linux 6.10
+    MEMORY_FAULT = 39         # Linux 6.8
 
 
 class InternalError(enum.IntEnum):
@@ -89,6 +111,17 @@ class InternalError(enum.IntEnum):
     SIMUL_EX = 2
     DELIVERY_EV = 3
     UNEXPECTED_EXIT_REASON = 4
+
+
+class SystemEvent(enum.IntEnum):
+    """`kvm_run.system_event.type`."""
+
+    SHUTDOWN = 1
+    RESET = 2
+    CRASH = 3
+    WAKEUP = 4
+    SUSPEND = 5
+    SEV_TERM = 6
 
 
 class IoDirection(enum.IntEnum):
@@ -106,6 +139,19 @@ RUN_OFFSETS: Final = {
     "ready_for_interrupt_injection": 12,
     "hw.hardware_exit_reason": 32,
     "fail_entry.hardware_entry_failure_reason": 32,
+    "fail_entry.cpu": 40,
+    "ex.exception": 32,
+    "ex.error_code": 36,
+    "debug.arch.exception": 32,
+    "debug.arch.pc": 40,
+    "hypercall.ret": 88,
+    "system_event.type": 32,
+    "msr.error": 32,
+    "msr.index": 44,
+    "msr.data": 48,
+    "notify.flags": 32,
+    "memory_fault.gpa": 40,            # Linux 6.8
+    "memory_fault.size": 48,
     "io.direction": 32,
     "io.size": 33,
     "io.port": 34,
@@ -118,6 +164,9 @@ RUN_OFFSETS: Final = {
     "internal.suberror": 32,
     "internal.ndata": 36,
     "internal.data": 40,
+    "emulation_failure.flags": 40,
+    "emulation_failure.insn_size": 48,
+    "emulation_failure.insn_bytes": 49,
 }
 
 
@@ -130,6 +179,17 @@ class UserMemoryRegion(ctypes.Structure):
         ("guest_phys_addr", ctypes.c_uint64),
         ("memory_size", ctypes.c_uint64),
         ("userspace_addr", ctypes.c_uint64),
+    )
+
+
+class EnableCapability(ctypes.Structure):
+    """struct kvm_enable_cap."""
+
+    _fields_ = (
+        ("cap", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("args", ctypes.c_uint64 * 4),
+        ("pad", ctypes.c_uint8 * 64),
     )
 
 

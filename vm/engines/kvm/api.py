@@ -111,6 +111,12 @@ class Vm:
         region = abi.UserMemoryRegion(slot, 0, guest_physical, len(memory), address_of(memory))
         _call(self.fd, "KVM_SET_USER_MEMORY_REGION", ctypes.addressof(region))
 
+    def enable(self, capability: int, argument: int) -> None:
+        """KVM_ENABLE_CAP with one argument."""
+        wanted = abi.EnableCapability(cap=capability)
+        wanted.args[0] = argument
+        _call(self.fd, "KVM_ENABLE_CAP", ctypes.addressof(wanted))
+
     def create_vcpu(self, number: int, run_size: int) -> Vcpu:
         return Vcpu(_call(self.fd, "KVM_CREATE_VCPU", number), run_size)
 

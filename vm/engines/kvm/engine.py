@@ -21,8 +21,7 @@ kick at any point either part of this KICKED or the reason of the next one.  A s
 instruction (rep outs) counts as one exit a transfer of KVM's, and calls the bus once an element.
 
 Poor: one vCPU; memory ends below 0xFEE00000 (no hole is made for it).
-Limits of the host are reported as such: KVM that cannot run an instruction (PVM cannot run
-POPCNT in ring 0, for instance) ends in HOST_LIMIT with the instruction's text.
+Exits that are not daily life are in `exits.py`, each with what it means.
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ from typing import Final
 from ...code import decode
 from .. import cpuid, kick
 from ..base import (
+    GPR,
     MSRS,
+    RIP,
     Bus,
     CpuState,
     DescriptorTable,
@@ -53,9 +54,9 @@ from ..base import (
 )
 from ..portable import canonical
 from ..tsc import read_tsc
-from . import abi
+from . import abi, exits
 from .api import Kvm, Vcpu, Vm, address_of
-from .errors import is_busy, refusal
+from .errors import is_busy, refusal, what_kvm_is
 
 __all__ = ["KvmCpu", "create"]
 
@@ -74,9 +75,12 @@ _SYNCED_RIP: Final = abi.RUN_OFFSETS["s.regs"] + 16 * 8
 _SYNCED_CS_BASE: Final = abi.RUN_OFFSETS["s.regs"] + ctypes.sizeof(abi.Registers)   # first of the special ones
 _UNION: Final = 32                       # the union of exit details in kvm_run
 _QUAD: Final = struct.Struct("<Q").unpack_from
+_WORD: Final = struct.Struct("<I").unpack_from
 _FORMATS: Final = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _INTERRUPT_FLAG: Final = 0x200
+_PAGING: Final = 1 << 31                 # CR0.PG
+_LONG_MODE_ENABLED: Final = 1 << 8       # EFER.LME
 
 
 _TSC: Final = 0x10
@@ -117,6 +121,7 @@ class KvmCpu:
         self.watch: Watch = nobody
         self._closed = False
         self._halted = False                    # HLT is done and not reported: told by another engine
+        what_kvm_is()                           # while files can be read
         try:
             if not self._kvm.has(abi.CAP_IMMEDIATE_EXIT):
                 raise HostLimit("this host's KVM has no KVM_CAP_IMMEDIATE_EXIT (Linux 4.11 has it)")
@@ -126,6 +131,9 @@ class KvmCpu:
             self._vm.set_memory(0, 0, memory)
             if rom is not None:
                 self._vm.set_memory(1, FOUR_GIB - len(rom), rom)
+            if self._kvm.has(abi.CAP_X86_USER_SPACE_MSR):
+                # So that what KVM does not have is counted and seen, and #GP whatever ignore_msrs of the host says.
+                self._vm.enable(abi.CAP_X86_USER_SPACE_MSR, abi.MSR_REASONS)
             self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
             self._vcpu.set_cpuid(_processor(self._kvm.supported_cpuid()))
             # As Unicorn has it, and so far from KVM's own zero that it is not taken for a slip of synchronisation.
@@ -150,7 +158,7 @@ class KvmCpu:
     # -- running -----------------------------------------------------------------------------
 
     def run(self) -> Exit:
-        page, vcpu, exits = self._page, self._vcpu, self._exits
+        page, vcpu, counts = self._page, self._vcpu, self._exits
         if self._halted:
             self._halted = False
             interrupts_on = bool(self.get_gpr()[17] & _INTERRUPT_FLAG)
@@ -158,12 +166,15 @@ class KvmCpu:
                 return self._halt(interrupts_on)
         while True:
             if self._wanted and page[_READY] and not page[_IMMEDIATE_EXIT]:
-                exits[ExitKind.INTERRUPT] += 1
+                counts[ExitKind.INTERRUPT] += 1
                 vcpu.interrupt(self._bus.acknowledge())
             try:
                 entered = vcpu.run()
             except OSError as error:
-                raise EngineError(f"the vCPU cannot go on: {error}") from error
+                ending = exits.run_failed(error, page, self._scene)
+                if ending is None:
+                    raise EngineError(f"the vCPU cannot go on: {error}") from error
+                return ending
             if not entered:
                 return self._left()
             reason = page[_EXIT_REASON]
@@ -178,7 +189,9 @@ class KvmCpu:
                     continue
                 return self._halt(bool(self.get_gpr()[17] & _INTERRUPT_FLAG))
             else:
-                return self._end(struct.unpack_from("<I", page, _EXIT_REASON)[0])
+                ending = self._other(_WORD(page, _EXIT_REASON)[0])
+                if ending is not None:
+                    return ending
 
     def _halt(self, interrupts_on: bool) -> Exit:
         self._exits[ExitKind.HALT] += 1
@@ -233,49 +246,23 @@ class KvmCpu:
                 struct.pack_into(_FORMATS[size], page, 40 + done, value)
             done += size
 
-    def _end(self, code: int) -> Exit:
-        """The exits after which this guest cannot go on."""
-        union = struct.unpack_from("<II3Q", self._page, _UNION)
-        if code == abi.ExitCode.SHUTDOWN:
-            self._exits[ExitKind.SHUTDOWN] += 1
-            self.watch(ExitKind.SHUTDOWN)
-            return Exit(ExitReason.TRIPLE_FAULT,
-                        "the guest faulted while its fault handlers failed")
-        self._exits[ExitKind.OTHER] += 1
-        self.watch(ExitKind.OTHER)
-        if code == abi.ExitCode.INTERNAL_ERROR:
-            return self._internal_error(union[0])
-        if code == abi.ExitCode.FAIL_ENTRY:
-            reason = struct.unpack_from("<Q", self._page, _UNION)[0]
-            if reason == 0:
-                # No reason of the processor's: it was not in VMX operation any more.
-                return Exit(ExitReason.HOST_LIMIT, "the processor refused to enter the guest without a reason (0x0):"
-                            " another hypervisor took VT-x or AMD-V away, as VirtualBox can; stop its VMs")
-            return Exit(ExitReason.UNSUPPORTED,
-                        f"the processor refused to enter the guest (hardware reason {reason:#x}):"
-                        " its state is not one that VT-x or AMD-V can run")
-        try:
-            name = abi.ExitCode(code).name
-        except ValueError:
-            name = "unknown"
-        return Exit(ExitReason.UNSUPPORTED, f"KVM exit {code} ({name}) is not handled")
+    def _other(self, code: int) -> Exit | None:
+        """Any exit that is not dealt with in `run`. None: the guest goes on."""
+        kind, ending = exits.judge(self._page, code, self._scene)
+        self._exits[kind] += 1
+        self.watch(kind)
+        return ending
 
-    def _internal_error(self, suberror: int) -> Exit:
-        try:
-            name = abi.InternalError(suberror).name.lower().replace("_", " ")
-        except ValueError:
-            name = "unknown"
+    def _scene(self, code: bytes) -> exits.Scene:
         state = self.get_state()
-        where = decode.describe(self._memory, state)
-        if suberror == abi.InternalError.EMULATION:
-            if where.startswith("outside memory"):
-                return Exit(ExitReason.GUEST_ERROR,
-                            f"the guest left its memory at {decode.place(state)}: no code is there")
-            return Exit(ExitReason.HOST_LIMIT,
-                        f"this host's KVM cannot run `{where}` in {decode.mode_name(state)}")
-        return Exit(ExitReason.HOST_LIMIT,
-                    f"this host's KVM failed (internal error {suberror}, {name}) at `{where}` in"
-                    f" {decode.mode_name(state)}")
+        text = decode.describe(self._memory, state)
+        outside = text.startswith("outside memory")
+        if code:
+            line, = decode.disassemble(code, decode.linear_of(state), decode.bits_of(state), 1, state.gpr[RIP])
+            text = line.text
+        kvm = what_kvm_is()
+        return exits.Scene(text, decode.mode_name(state), decode.place(state), outside, kvm.name, kvm.advice,
+                           not kvm.pages_32 and _switches_on_32_bit_paging(text, state))
 
     def stop(self) -> None:
         self._stopping = True
@@ -387,6 +374,16 @@ class KvmCpu:
         self._vcpu.close()
         self._vm.close()
         self._kvm.close()
+
+
+def _switches_on_32_bit_paging(text: str, state: CpuState) -> bool:
+    """`mov cr0, REG` with PG in the register, outside of long mode."""
+    name, _, operands = text.partition(" ")
+    register = operands.removeprefix("cr0, ")
+    if name != "mov" or register == operands or state.efer & _LONG_MODE_ENABLED:
+        return False
+    number = GPR.index(f"r{register[1:]}") if f"r{register[1:]}" in GPR else None
+    return number is not None and bool(state.gpr[number] & _PAGING)
 
 
 def _segment(given: abi.SegmentAbi) -> Segment:

@@ -1,4 +1,4 @@
-"""What KVM means when it refuses: an error number of an ioctl in plain words, with what to do.
+"""What KVM means when it refuses, and what it is on this host: in plain words, with what to do.
 
 Source: the KVM API documentation and the kernel's kvm_main.c, vmx.c and svm.c. A number that is not
 here is told as the system words it.
@@ -7,9 +7,12 @@ here is told as the system words it.
 from __future__ import annotations
 
 import errno
-from typing import Final
+import functools
+from typing import Final, NamedTuple
 
-__all__ = ["is_busy", "refusal"]
+from ...hosts.virtualization import technology
+
+__all__ = ["HostKvm", "is_busy", "refusal", "what_kvm_is"]
 
 _WORDS: Final = {
     errno.EBUSY: "another hypervisor holds VT-x or AMD-V (VirtualBox or VMware running a VM, or a driver of theirs "
@@ -40,3 +43,47 @@ def refusal(error: OSError) -> str:
 def is_busy(error: OSError) -> bool:
     """It says that somebody else holds the virtualization hardware."""
     return error.errno in (errno.EBUSY, errno.EIO)
+
+
+class HostKvm(NamedTuple):
+    """What this host's KVM is, and what to do about what it cannot do."""
+
+    name: str
+    advice: str
+    pages_32: bool                    # it can do 32-bit paging
+
+
+_SOFTWARE: Final = 'run it with mode = "software"'
+_KINDS: Final = {
+    "vt-x": HostKvm("KVM on VT-x", _SOFTWARE, True), "amd-v": HostKvm("KVM on AMD-V", _SOFTWARE, True),
+    "pvm": HostKvm("PVM (KVM without VT-x or AMD-V, which emulates all but 64-bit code of ring 3)",
+                   f"{_SOFTWARE}, or on a host with VT-x or AMD-V", False),
+    "none": HostKvm("a KVM of unknown kind", _SOFTWARE, True),
+}
+_ENOUGH: Final = 16384                     # of /proc/cpuinfo: the first processor's flags; all of it takes long
+
+
+@functools.cache
+def what_kvm_is() -> HostKvm:
+    """Reads /proc at the first call."""
+    return _KINDS[technology(_flags(), _modules(), kvm_usable=True)]
+
+
+def _flags() -> frozenset[str]:
+    for line in _begin("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _modules() -> frozenset[str]:
+    return frozenset(line.split(" ")[0] for line in _begin("/proc/modules").splitlines())
+
+
+def _begin(path: str) -> str:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(_ENOUGH).decode(errors="replace")
+    except OSError:
+        return ""
