@@ -31,7 +31,9 @@ EVENTS = [
     *(f"nmi.{name}" for name in ("injected", "pending", "masked")), "flags", "smi.smm", "smi.pending",
 ]
 NUMBERS = {
-    "KVM_CAP_XSAVE": abi.CAP_XSAVE, "KVM_VCPUEVENT_VALID_SHADOW": abi.EVENT_SHADOW,
+    "KVM_CAP_MAX_VCPUS": abi.CAP_MAX_VCPUS, "KVM_CAP_SPLIT_IRQCHIP": abi.CAP_SPLIT_IRQCHIP,
+    "KVM_CAP_TSC_DEADLINE_TIMER": abi.CAP_TSC_DEADLINE_TIMER, "KVM_CAP_XSAVE": abi.CAP_XSAVE,
+    "KVM_VCPUEVENT_VALID_SHADOW": abi.EVENT_SHADOW,
     "KVM_X86_SHADOW_INT_MOV_SS": abi.SHADOW_MOV_SS, "KVM_X86_SHADOW_INT_STI": abi.SHADOW_STI,
 }
 

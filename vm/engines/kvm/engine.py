@@ -1,4 +1,4 @@
-"""The `kvm` engine: one vCPU on raw /dev/kvm.
+"""The `kvm` engine: vCPUs on raw /dev/kvm.
 
 Theory.  KVM_RUN executes guest code until something needs us, and leaves the reason in the
 shared `kvm_run` page.  Port and memory-mapped I/O are handed to the bus and the guest goes
@@ -20,7 +20,13 @@ Invariants.  The order "clear immediate_exit, then look at the kick byte" in `_l
 kick at any point either part of this KICKED or the reason of the next one.  A string
 instruction (rep outs) counts as one exit a transfer of KVM's, and calls the bus once an element.
 
-Poor: one vCPU; memory ends below 0xFEE00000 (no hole is made for it).
+Several vCPUs (`create_several`).  Each is a `KvmCpu` that one thread runs; they share the VM. KVM then has their local
+APICs (a split irqchip: the 8259s stay ours), so INIT, SIPI, IPIs, the APIC timer and HLT are dealt with in the kernel:
+a halted vCPU sleeps inside KVM_RUN, and HALTED is never reported. `kick`, `stop` and `request_interrupt` may be called
+from any thread: they signal the one that runs the vCPU. Everything else of a `KvmCpu` is for its own thread, or for
+others while it is not in `run`. The 8259s' interrupt goes to the first vCPU, as the LINT0 of its APIC says.
+
+Poor: memory ends below 0xFEE00000 (no hole is made for it).
 Exits that are not daily life are in `exits.py`, each with what it means.
 """
 
@@ -28,7 +34,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import signal
 import struct
+import threading
+from collections.abc import Sequence
 from typing import Final
 
 from ...code import decode
@@ -57,8 +66,9 @@ from ..tsc import read_tsc
 from . import abi, exits
 from .api import Kvm, Vcpu, Vm, address_of
 from .errors import is_busy, refusal, what_kvm_is
+from .topology import Leaf, several
 
-__all__ = ["KvmCpu", "create"]
+__all__ = ["KvmCpu", "create", "create_several"]
 
 # Three pages and one page that VT-x hosts without unrestricted guest need: below the BIOS area.
 TSS_ADDRESS: Final = 0xFFFB_D000
@@ -98,49 +108,104 @@ def create(memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = 
     return KvmCpu(memory, bus, exits, device, rom)
 
 
+def create_several(
+    memory: mmap.mmap, buses: Sequence[Bus], exits: Sequence[memoryview], device: int | None = None,
+    rom: mmap.mmap | None = None,
+) -> list[KvmCpu]:
+    """As many vCPUs as there are buses, over one *memory*. The first starts; the others wait for INIT and SIPI.
+
+    Closing the first closes the VM: the others come before it. Raises HostLimit, EngineError.
+    """
+    first = KvmCpu(memory, buses[0], exits[0], device, rom, len(buses))
+    cpus = [first]
+    try:
+        for index, (bus, counters) in enumerate(zip(buses[1:], exits[1:], strict=True), 1):
+            cpus.append(Sibling(first, index, bus, counters))
+    except BaseException:
+        for cpu in reversed(cpus):
+            cpu.close()
+        raise
+    return cpus
+
+
 class KvmCpu:
     stops_at = "instruction"
 
     def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, device: int | None = None,
-                 rom: mmap.mmap | None = None) -> None:
+                 rom: mmap.mmap | None = None, count: int = 1) -> None:
         self._kvm = Kvm(fd=device)
+        self.count = count                      # of the VM's vCPUs
         try:
-            self._build(memory, bus, exits, rom)
+            self._build(memory, rom)
+            try:
+                self._start(0, bus, exits)
+            except BaseException:
+                self._vm.close()
+                raise
+        except OSError as error:
+            self._kvm.close()
+            raise HostLimit(refusal(error), busy=is_busy(error)) from error
         except BaseException:
             self._kvm.close()
             raise
 
-    def _build(self, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None) -> None:
+    def _build(self, memory: mmap.mmap, rom: mmap.mmap | None) -> None:
+        """The VM. Raises OSError too."""
         if len(memory) > MEMORY_MAX or len(memory) % mmap.PAGESIZE:
             raise EngineError(
                 f"memory of {len(memory)} bytes: the kvm engine takes whole pages up to"
                 f" {MEMORY_MAX} bytes")
         self._memory, self._rom = memory, rom          # the mappings must live as long as we do
-        self._bus = bus
-        self._exits = exits
-        self.watch: Watch = nobody
-        self._closed = False
-        self._halted = False                    # HLT is done and not reported: told by another engine
         what_kvm_is()                           # while files can be read
+        if not self._kvm.has(abi.CAP_IMMEDIATE_EXIT):
+            raise HostLimit("this host's KVM has no KVM_CAP_IMMEDIATE_EXIT (Linux 4.11 has it)")
+        if self.count > 1:
+            most = self._kvm.has(abi.CAP_MAX_VCPUS) or 4
+            if not self._kvm.has(abi.CAP_SPLIT_IRQCHIP):
+                raise HostLimit(f"{self.count} vCPUs need local APICs in the kernel, and this host's KVM has no "
+                                "KVM_CAP_SPLIT_IRQCHIP (Linux 4.5 has it); write vcpus = 1")
+            if self.count > most:
+                raise HostLimit(f"this host's KVM takes at most {most} vCPUs a VM, not {self.count}")
+        self._vm: Vm = self._kvm.create_vm()
         try:
-            if not self._kvm.has(abi.CAP_IMMEDIATE_EXIT):
-                raise HostLimit("this host's KVM has no KVM_CAP_IMMEDIATE_EXIT (Linux 4.11 has it)")
-            self._vm: Vm = self._kvm.create_vm()
             self._vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             self._vm.set_tss_address(TSS_ADDRESS)
+            if self.count > 1:
+                self._vm.enable(abi.CAP_SPLIT_IRQCHIP, 0)      # no I/O APIC of ours
             self._vm.set_memory(0, 0, memory)
             if rom is not None:
                 self._vm.set_memory(1, FOUR_GIB - len(rom), rom)
             if self._kvm.has(abi.CAP_X86_USER_SPACE_MSR):
                 # So that what KVM does not have is counted and seen, and #GP whatever ignore_msrs of the host says.
                 self._vm.enable(abi.CAP_X86_USER_SPACE_MSR, abi.MSR_REASONS)
-            self._vcpu: Vcpu = self._vm.create_vcpu(0, self._kvm.run_size())
-            self._vcpu.set_cpuid(_processor(self._kvm.supported_cpuid()))
-            # As Unicorn has it, and so far from KVM's own zero that it is not taken for a slip of synchronisation.
-            self._vcpu.set_msrs({_TSC: read_tsc()})
+        except BaseException:
+            self._vm.close()
+            raise
+
+    def _start(self, index: int, bus: Bus, exits: memoryview) -> None:
+        """The vCPU. Raises OSError too."""
+        self._bus = bus
+        self._exits = exits
+        self.watch: Watch = nobody
+        self._closed = False
+        self._halted = False                    # HLT is done and not reported: told by another engine
+        self._several = self.count > 1
+        self._thread = 0                        # that is in `run`, where there are several
+        self._waking = threading.Lock()
+        supported = self._kvm.supported_cpuid()
+        self._vcpu: Vcpu = self._vm.create_vcpu(index, self._kvm.run_size())
+        try:
+            if self._several:
+                self._vcpu.set_cpuid(_one_of_several(supported, index, self.count,
+                                                     deadline=bool(self._kvm.has(abi.CAP_TSC_DEADLINE_TIMER))))
+            else:
+                self._vcpu.set_cpuid(_processor(supported))
+                # As Unicorn has it, and so far from KVM's own zero that it is not taken for a slip of synchronisation.
+                self._vcpu.set_msrs({_TSC: read_tsc()})
             self._synced = self._kvm.has(abi.CAP_SYNC_REGS) & abi.SYNC_REGISTERS == abi.SYNC_REGISTERS
-        except OSError as error:
-            raise HostLimit(refusal(error), busy=is_busy(error)) from error
+        except BaseException:
+            self._vcpu.close()
+            raise
         self._page = self._vcpu.page
         if self._synced:
             # KVM then leaves the registers in the page at each exit, for `where`.
@@ -158,12 +223,22 @@ class KvmCpu:
     # -- running -----------------------------------------------------------------------------
 
     def run(self) -> Exit:
-        page, vcpu, counts = self._page, self._vcpu, self._exits
         if self._halted:
             self._halted = False
             interrupts_on = bool(self.get_gpr()[17] & _INTERRUPT_FLAG)
             if not (self._wanted and interrupts_on):
                 return self._halt(interrupts_on)
+        if not self._several:
+            return self._run()
+        self._thread = threading.get_ident()
+        try:
+            return self._run()
+        finally:
+            with self._waking:                  # nobody signals a thread that has gone on to end
+                self._thread = 0
+
+    def _run(self) -> Exit:
+        page, vcpu, counts = self._page, self._vcpu, self._exits
         while True:
             if self._wanted and page[_READY] and not page[_IMMEDIATE_EXIT]:
                 counts[ExitKind.INTERRUPT] += 1
@@ -176,6 +251,8 @@ class KvmCpu:
                     raise EngineError(f"the vCPU cannot go on: {error}") from error
                 return ending
             if not entered:
+                if self._several and not self._is_asked_to_leave():
+                    continue
                 return self._left()
             reason = page[_EXIT_REASON]
             if reason == abi.ExitCode.IO:
@@ -197,6 +274,13 @@ class KvmCpu:
         self._exits[ExitKind.HALT] += 1
         self.watch(ExitKind.HALT, behind=True)
         return Exit(ExitReason.HALTED, interrupts_on=interrupts_on)
+
+    def _is_asked_to_leave(self) -> bool:
+        """Not so: woken for an interrupt of ours, or by INIT. The order is that of `_left`."""
+        if self._stopping or self._kicked[0]:
+            return True
+        self._page[_IMMEDIATE_EXIT] = 0
+        return bool(self._stopping or self._kicked[0])
 
     def _left(self) -> Exit:
         page = self._page
@@ -267,14 +351,26 @@ class KvmCpu:
     def stop(self) -> None:
         self._stopping = True
         self._page[_IMMEDIATE_EXIT] = 1
+        self._wake()
 
     def request_interrupt(self, wanted: bool) -> None:
         self._wanted = wanted
         self._page[_WINDOW] = wanted
+        if wanted and self._several and self._thread != threading.get_ident():
+            self._page[_IMMEDIATE_EXIT] = 1     # a vCPU that is halted in the kernel does not look at the window
+            self._wake()
 
     def kick(self) -> None:
         self._kicked[0] = 1
         self._page[_IMMEDIATE_EXIT] = 1
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the thread that runs it look, where that is another."""
+        if self._several:
+            with self._waking:
+                if self._thread not in (0, threading.get_ident()):
+                    signal.pthread_kill(self._thread, signal.SIGUSR1)
 
     # -- state -------------------------------------------------------------------------------
 
@@ -369,11 +465,31 @@ class KvmCpu:
         if self._closed:
             return
         self._closed = True
+        self._close_vcpu()
+        self._vm.close()
+        self._kvm.close()
+
+    def _close_vcpu(self) -> None:
         for address in self._kick_addresses:
             kick.unregister(address)
         self._vcpu.close()
-        self._vm.close()
-        self._kvm.close()
+
+
+class Sibling(KvmCpu):
+    """Another vCPU of the VM of *first*, whose end is not that of the VM."""
+
+    def __init__(self, first: KvmCpu, index: int, bus: Bus, exits: memoryview) -> None:
+        self._kvm, self._vm, self._memory, self._rom = first._kvm, first._vm, first._memory, first._rom
+        self.count = first.count
+        try:
+            self._start(index, bus, exits)
+        except OSError as error:
+            raise HostLimit(f"vCPU {index}: {refusal(error)}") from error
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._close_vcpu()
 
 
 def _switches_on_32_bit_paging(text: str, state: CpuState) -> bool:
@@ -408,6 +524,20 @@ def _processor(supported: abi.CpuidHeader) -> abi.CpuidHeader:
         entry.function, entry.eax, entry.ebx, entry.ecx, entry.edx = leaf, eax, ebx, ecx, edx
         if leaf in (1, 0x8000_0001) and leaf in have:
             entry.ecx, entry.edx = ecx & (have[leaf].ecx | 1 << 31), edx & have[leaf].edx
+    return table
+
+
+def _one_of_several(supported: abi.CpuidHeader, index: int, count: int, *, deadline: bool) -> abi.CpuidHeader:
+    """What this host's KVM has, as topology.py arranges it."""
+    names = Leaf.__slots__
+    leaves = several((Leaf(*(getattr(entry, name) for name in names)) for entry in supported.entries[:supported.nent]),
+                     index, count, deadline=deadline)
+    if len(leaves) > abi.CPUID_ENTRIES_MAX:
+        raise EngineError(f"{len(leaves)} CPUID leaves, KVM takes {abi.CPUID_ENTRIES_MAX}")
+    table = abi.CpuidHeader(nent=len(leaves))
+    for entry, leaf in zip(table.entries, leaves, strict=False):
+        for name in names:
+            setattr(entry, name, getattr(leaf, name))
     return table
 
 
