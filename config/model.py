@@ -726,6 +726,14 @@ class SchedulerConfig(_Table):
     migrate_resist_us: Annotated[Whole, Between(0, 1_000_000, "microseconds")] = Field(
         default=500, description="A vCPU moves to another host CPU only if it gains more than "
                                  "this, in microseconds.")
+    random_order: Annotated[Whole, Between(0, 100, "percent of a slice (0: the order is fixed)")] = Field(
+        default=50,
+        description="Where VMs of both modes share a host CPU, who comes next is left to chance among those whose "
+                    "turns are closer than this, in percent of a slice: that is how the cost of mixing is measured "
+                    "while VMs run. Shares stay exact; a VM may be this much further behind for a moment. 0: never, "
+                    "and nothing is measured.")
+    random_seed: Annotated[Whole, Between(0, 2**31 - 1)] = Field(
+        default=1, description="Of that chance: the same seed, the same order.")
     mode_batch_us: Annotated[Whole, Between(0, 10_000_000, "microseconds")] = Field(
         default=25_000,
         description="batch: how much time the VMs of one mode may be owed together before a host CPU "

@@ -55,7 +55,7 @@ from ..vm.worker.status import FIELDS, STATUS_SIZE, Phase
 from . import linux, steady
 from .linux import Kernel, Level, RunClock, State
 from .model import Slot
-from .policy import POLICIES, Batching, Runqueue, ScriptedRunqueue
+from .policy import POLICIES, Batching, Order, Runqueue, ScriptedRunqueue
 from .shared import (
     ACTIVE,
     CPU_FIELDS,
@@ -118,7 +118,9 @@ _LEAVE: Final = CPU_FIELDS["leave"]
 _BEAT: Final = CPU_FIELDS["heartbeat_ns"]
 _REFUSALS: Final = CPU_FIELDS["refusals"]
 _RUNNABLE: Final = CPU_FIELDS["runnable"]
-_POLICY: Final = ("policy", "slice_ns", "ratelimit_ns", "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns")
+_POLICY: Final = (
+    "policy", "slice_ns", "ratelimit_ns", "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns", "order_jitter_ns",
+    "order_seed")
 _POLICIES: Final = tuple(POLICIES.values())
 
 
@@ -415,14 +417,15 @@ class Dispatcher:
         return *map(self._shared.get, _POLICY), self._shared.get("script_cpu") == self._settings.cpu
 
     def _new_queue(self) -> Runqueue:
-        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, scripted = self._asked
+        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, jitter_ns, seed, scripted = self._asked
         self._script = None
         if scripted:
             self._script = ScriptedRunqueue(
                 ScriptReader(self._shared, self._settings.index), slice_ns, ratelimit_ns)
             return self._script
-        return _POLICIES[policy].runqueue(slice_ns, ratelimit_ns, Batching(
-            batch_ns=batch_ns, wait_max_ns=wait_max_ns, budget_ns=budget_ns))
+        return _POLICIES[policy].runqueue(
+            slice_ns, ratelimit_ns, Batching(batch_ns=batch_ns, wait_max_ns=wait_max_ns, budget_ns=budget_ns),
+            Order(jitter_ns=jitter_ns, seed=seed), self._settings.cpu)
 
     def _take(self, slot: Slot, base: int, now: int) -> None:
         words, kernel = self._words, self._kernel

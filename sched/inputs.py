@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from .model import LATENCIES, LATENCY_DEFAULT
-from .policy import Batching, Runqueue
+from .policy import Batching, Order, Runqueue
 
 __all__ = ["CALLS", "FORMAT", "InputLog", "Logged", "Note"]
 
@@ -82,10 +82,11 @@ class InputLog:
 
     def __init__(
         self, write: Callable[[str], object], *, policy: str, slice_ns: int, ratelimit_ns: int, batching: Batching,
+        order: Order,
     ) -> None:
         self._write = write
         write(json.dumps({"mixvisor_inputs": FORMAT, "policy": policy, "slice_ns": slice_ns,
-                          "ratelimit_ns": ratelimit_ns, "batching": asdict(batching)}) + "\n")
+                          "ratelimit_ns": ratelimit_ns, "batching": asdict(batching), "order": asdict(order)}) + "\n")
 
     def follow(self, cpu: int, queue: Runqueue) -> Logged:
         """The run queue of a host CPU, empty as yet, to be used from now on."""

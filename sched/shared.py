@@ -92,6 +92,7 @@ HEADER, _used = _number((
     "guard_ready",      # guard: 1 once it watches
     "policy",           # supervisor: index in policy.POLICIES
     "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns",    # supervisor: policy.Batching
+    "order_jitter_ns", "order_seed",                          # supervisor: policy.Order
     "script_cpu",       # supervisor: the host CPU whose dispatcher plays the script, NOBODY = none
     "script_first",     # supervisor: number of the first entry that is still to be played
     "script_head",      # supervisor: entries written, ever

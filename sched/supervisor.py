@@ -30,7 +30,7 @@ from .ledger import Ledger
 from .loan import Lender, Loan
 from .model import VmDemand
 from .planner import Planner
-from .policy import POLICIES, Batching, Split, admit
+from .policy import POLICIES, Batching, Order, Split, admit
 from .recorder import FlightRecorder, PackedRecording
 from .shared import ACTIVE, MODES, NOBODY, PAUSED, Shared
 from .table import Table, Vcpu, VcpuThread
@@ -64,7 +64,8 @@ class Scheduler:
         migrate_resist_ns: int = 500_000, warn: Warn | None = None,
         unwarn: Callable[[str], None] | None = None,
         guard_timeout_ns: int = GUARD_TIMEOUT_NS, policy: str = "fair",
-        batching: Batching | None = None, siblings: Mapping[int, frozenset[int]] | None = None,
+        batching: Batching | None = None, order: Order | None = None,
+        siblings: Mapping[int, frozenset[int]] | None = None,
     ) -> None:
         if not cpus:
             raise ValueError("a scheduler needs at least one host CPU")
@@ -75,6 +76,7 @@ class Scheduler:
         self._cpus = tuple(sorted(set(cpus)))
         self._policy = POLICIES[policy]
         self._batching = batching or Batching()
+        self._order = order or Order()
         self._warn = warn or (lambda code, severity, message, advice: None)
         self._unwarn = unwarn or (lambda code: None)
         self._changing = trio.Lock()                       # one change of policy at a time
@@ -260,8 +262,8 @@ class Scheduler:
         await self._plan()
 
     async def set_policy(
-        self, policy: str, *, batching: Batching | None = None, slice_ns: int | None = None,
-        ratelimit_ns: int | None = None, migrate_resist_ns: int | None = None,
+        self, policy: str, *, batching: Batching | None = None, order: Order | None = None,
+        slice_ns: int | None = None, ratelimit_ns: int | None = None, migrate_resist_ns: int | None = None,
     ) -> None:
         """Schedule by *policy* from now on, with these settings where given; returns when every
         dispatcher does. VMs run on meanwhile, and every account goes on. Raises ValueError.
@@ -272,6 +274,7 @@ class Scheduler:
             self._end_loan("the policy was changed")
             self._policy = POLICIES[policy]
             self._batching = batching or self._batching
+            self._order = order or self._order
             self._slice_ns = self._ledger.slice_ns = slice_ns or self._slice_ns
             self._ratelimit_ns = min(
                 self._ratelimit_ns if ratelimit_ns is None else ratelimit_ns, self._slice_ns)
@@ -326,6 +329,7 @@ class Scheduler:
             ("mode_batch_ns", self._batching.batch_ns),
             ("mode_wait_max_ns", self._batching.wait_max_ns),
             ("mode_budget_ns", self._batching.budget_ns),
+            ("order_jitter_ns", min(self._order.jitter_ns, self._slice_ns)), ("order_seed", self._order.seed),
         ):
             shared.set(name, value)
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from ..config.load import Problem, TableChecker
 from ..config.model import HostConfig, SchedulerConfig, VmConfig
 from ..config.rules import HostLimits, findings, host_findings
-from ..sched.policy import Batching
+from ..sched.policy import Batching, Order
 from .backend import Unusable
 
 __all__ = ["PARAMETERS", "changed_scheduler", "changed_vm", "scheduler_settings"]
@@ -34,7 +34,8 @@ def scheduler_settings(config: SchedulerConfig) -> dict[str, Any]:
         "migrate_resist_ns": config.migrate_resist_us * 1000,
         "batching": Batching(
             batch_ns=config.mode_batch_us * 1000, wait_max_ns=config.mode_wait_max_us * 1000,
-            budget_ns=Batching.budget(config.mode_loss_max / 100, config.crossing_cost_us * 1000))}
+            budget_ns=Batching.budget(config.mode_loss_max / 100, config.crossing_cost_us * 1000)),
+        "order": Order(jitter_ns=Order.jitter(config.random_order, config.slice_us * 1000), seed=config.random_seed)}
 
 
 def changed_scheduler(config: SchedulerConfig, change: Mapping[str, Any]) -> SchedulerConfig:

@@ -23,7 +23,7 @@ from typing import Final
 
 from .batch import BATCH_NS, WAIT_MAX_NS, BatchRunqueue
 from .entitlement import admit, entitle
-from .fair import Runqueue
+from .fair import Runqueue, seed_of
 from .partition import Partition, Split, Tenant, cores_of
 from .placement import place
 from .scripted import ScriptedRunqueue
@@ -32,6 +32,7 @@ __all__ = [
     "POLICIES",
     "BatchRunqueue",
     "Batching",
+    "Order",
     "Partition",
     "Policy",
     "Runqueue",
@@ -61,6 +62,19 @@ class Batching:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """How far the order of slices is left to chance where modes meet (policy/fair.py)."""
+
+    jitter_ns: int = 0             # 0: not at all
+    seed: int = 1                  # same seed, same order
+
+    @staticmethod
+    def jitter(random_order: int, slice_ns: int) -> int:
+        """`jitter_ns` of so many percent of a slice."""
+        return random_order * slice_ns // 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """A policy's parts."""
 
@@ -71,15 +85,18 @@ class Policy:
     partitions: bool = False       # host CPUs are given to modes
 
     def runqueue(
-        self, slice_ns: int, ratelimit_ns: int, batching: Batching | None = None,
+        self, slice_ns: int, ratelimit_ns: int, batching: Batching | None = None, order: Order | None = None,
+        cpu: int = 0,
     ) -> Runqueue:
         """A host CPU's run queue under this policy."""
+        order = order or Order()
+        seed = seed_of(order.seed, cpu)
         if not self.batches:
-            return Runqueue(slice_ns, ratelimit_ns)
+            return Runqueue(slice_ns, ratelimit_ns, jitter_ns=order.jitter_ns, seed=seed)
         b = batching or Batching()
         return BatchRunqueue(
             slice_ns, ratelimit_ns, batch_ns=b.batch_ns, wait_max_ns=b.wait_max_ns,
-            budget_ns=b.budget_ns)
+            budget_ns=b.budget_ns, jitter_ns=order.jitter_ns, seed=seed)
 
 
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType({policy.name: policy for policy in (

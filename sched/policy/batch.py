@@ -18,7 +18,8 @@ for each change needs B >= f(1−f)·c/ε, for the f of now. The larger of the t
 more than W·min(f, 1−f): so much the smaller group is entitled to in W, and one that had taken
 more could not be owed time again, and served by (2), before W is over.
 
-Invariants, for vCPUs that always want the CPU, and q a slice and what the timer overran it by:
+Invariants, for vCPUs that always want the CPU, and q a slice (with the jitter of a random order,
+fair.py: of slices of one mode only, batches stay) and what the timer overran it by:
 - lags of the awake sum to zero, service is charged as in fair, no idling beside the runnable;
 - |lag of a group| <= B + q, and |lag of a vCPU| <= its share of its group times that, + q;
 - no mode waits longer than W + q/f for its next turn, f its share: W longer than fair's own gap;
@@ -59,9 +60,9 @@ class BatchRunqueue(Runqueue):
 
     def __init__(
         self, slice_ns: int = SLICE_NS, ratelimit_ns: int = RATELIMIT_NS, *,
-        batch_ns: int = BATCH_NS, wait_max_ns: int = WAIT_MAX_NS, budget_ns: int = 0,
+        batch_ns: int = BATCH_NS, wait_max_ns: int = WAIT_MAX_NS, budget_ns: int = 0, jitter_ns: int = 0, seed: int = 1,
     ) -> None:
-        super().__init__(slice_ns, ratelimit_ns)
+        super().__init__(slice_ns, ratelimit_ns, jitter_ns=jitter_ns, seed=seed)
         if min(batch_ns, wait_max_ns, budget_ns) < 0:
             raise ValueError(
                 f"batch_ns, wait_max_ns and budget_ns must be >= 0,"

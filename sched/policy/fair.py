@@ -26,6 +26,15 @@ a credit lets one that sleeps most of the time have a burst at once and pay for 
 later. Both only shift *when*: lags stay bounded (by slice·(1 + credit) below, and above by the
 request and what those with a credit are ahead), so over long times a class changes no share.
 
+Random order. Where vCPUs of both modes compete, deadlines are computed from requests of a slice
+and up to `jitter_ns` more (times the class's request), drawn anew for whoever is picked (`_draw`).
+EEVDF's bounds are those of the requests, so without other classes |lag| stays within a slice below
+and a slice + jitter above, and no share changes;
+but among vCPUs whose deadlines are so close, who comes after whom is a coin that nothing else has
+touched. That is what measuring the cost of mixing needs (metrics/mixing/online.py). With equal
+weights every round is a random permutation, and |lag| within a slice as before. Where one mode has
+the CPU, requests are slices: nothing is drawn. Same seed and calls, same draws.
+
 Numbers. Weights are integers (rate·2**30), so that their sum is exact in any order. Virtual
 times are floats relative to a base that is moved back to V every 2**40 ns of service; at that
 magnitude one rounding is below 0.001 ns of service, unbiased, and each rebase restores Σlag = 0.
@@ -47,7 +56,7 @@ from typing import Final, NamedTuple
 
 from ..model import LATENCIES, LATENCY_DEFAULT, Slot
 
-__all__ = ["CLASSES", "RATELIMIT_NS", "SLICE_NS", "Entry", "LatencyClass", "Runqueue"]
+__all__ = ["CLASSES", "RATELIMIT_NS", "SLICE_NS", "Entry", "LatencyClass", "Runqueue", "seed_of"]
 
 SLICE_NS: Final = 5_000_000
 RATELIMIT_NS: Final = 500_000
@@ -55,6 +64,8 @@ BURST_SLICES: Final = 2          # bucket depth: a slice, and the slice a fair q
 MIN_SLICE_NS: Final = 100_000    # under this the switch costs more than it gives
 _UNIT: Final = 1 << 30           # integer weight of rate 1.0
 _REBASE_NS: Final = float(1 << 40)
+_WORD: Final = (1 << 64) - 1
+_GOLDEN: Final = 0x9E37_79B9_7F4A_7C15
 
 
 class LatencyClass(NamedTuple):
@@ -78,8 +89,8 @@ class Entry:
     """A vCPU on a run queue; for the policies of this package only."""
 
     __slots__ = (
-        "asleep_at", "awake", "cap", "deadline", "depth", "lag", "latency", "mode", "parked", "served", "slot", "start",
-        "tokens", "v", "weight",
+        "asleep_at", "awake", "cap", "deadline", "depth", "lag", "latency", "mode", "parked", "request_ns", "served",
+        "slot", "start", "tokens", "v", "weight",
     )
 
     def __init__(self, slot: Slot, weight: int, mode: int, latency: int) -> None:
@@ -90,6 +101,7 @@ class Entry:
         self.served = 0          # when it last had the CPU, or began to want it
         self.v = 0.0
         self.start = 0.0         # eligible from this virtual time on
+        self.request_ns = 0      # what its deadline is computed from, before its class: a slice and the jitter
         self.deadline = 0.0
         self.lag = 0.0           # only while asleep: its lag at `asleep_at`
         self.asleep_at = 0
@@ -108,18 +120,29 @@ class Runqueue:
 
     *slice_ns*: how long an undisturbed slice lasts. *ratelimit_ns*: how long a picked vCPU
     is left alone before another may take its place, and the least budget that unparks.
+    *jitter_ns*: by how much at most a request is longer than a slice where modes meet; 0: the
+    order is fixed. *seed*: of the order, any word but 0 (`seed_of`).
     """
 
-    def __init__(self, slice_ns: int = SLICE_NS, ratelimit_ns: int = RATELIMIT_NS) -> None:
+    def __init__(
+        self, slice_ns: int = SLICE_NS, ratelimit_ns: int = RATELIMIT_NS, *, jitter_ns: int = 0, seed: int = 1,
+    ) -> None:
         if slice_ns <= 0:
             raise ValueError(f"slice_ns must be positive, got {slice_ns}")
         if not 0 <= ratelimit_ns <= slice_ns:
             raise ValueError(
                 f"ratelimit_ns must be between 0 and slice_ns = {slice_ns}, got {ratelimit_ns}"
             )
+        if not 0 <= jitter_ns <= slice_ns:
+            raise ValueError(f"jitter_ns must be between 0 and slice_ns = {slice_ns}, got {jitter_ns}")
+        if not 0 < seed <= _WORD:
+            raise ValueError(f"a seed must be a 64-bit word and not 0, got {seed}")
         self._slice_ns = slice_ns
         self._ratelimit_ns = ratelimit_ns
         self._held_back_ns = 0               # how long one within its budget may wait for another mode
+        self._most_jitter_ns = jitter_ns
+        self._jitter_ns = 0                  # that now: 0 while one mode has the CPU
+        self._random = seed
         self._burst = float(BURST_SLICES * slice_ns)
         self._refilled = float(min(max(ratelimit_ns, 1), slice_ns))
         self._entries: dict[Slot, Entry] = {}
@@ -145,8 +168,8 @@ class Runqueue:
     def add(self, slot: Slot, rate: float, lag_ns: int = 0, mode: int = 0, latency: int = _NORMAL) -> None:
         """A vCPU comes to live here, awake, owed *lag_ns* (at most one slice; a debt is kept whole).
 
-        *mode* is a small number for its virtualization mode; this policy does not look at it.
-        *latency* is the index of its class in LATENCIES.
+        *mode* is a small number for its virtualization mode: whether they are all one is all that
+        this policy asks. *latency* is the index of its class in LATENCIES.
         On an empty queue the lag is dropped: nobody is there to owe it.
         Raises ValueError if it is here already or the rate is not positive.
         """
@@ -204,10 +227,8 @@ class Runqueue:
         self._slice_ns, self._ratelimit_ns = slice_ns, ratelimit
         self._burst = float(BURST_SLICES * slice_ns)
         self._refilled = float(min(max(ratelimit, 1), slice_ns))
-        for entry in self._awake:
-            self._set_v(entry, entry.v)
-        for entry in self._capped:
-            self._set_depth(entry)
+        self._most_jitter_ns = min(self._most_jitter_ns, slice_ns)
+        self._renew()
 
     def take_over(self, other: Runqueue) -> None:
         """Go on with the vCPUs of *other*, which is no longer used: their lags, caps and budgets stay
@@ -217,10 +238,7 @@ class Runqueue:
         self._virtual, self._weight = other._virtual, other._weight
         self._current, self._picked_at_ns = other._current, other._picked_at_ns
         self._clock_ns = other._clock_ns
-        for entry in self._awake:
-            self._set_v(entry, entry.v)
-        for entry in self._capped:
-            self._set_depth(entry)
+        self._renew()
 
     # -- time --------------------------------------------------------------------------------
 
@@ -397,7 +415,22 @@ class Runqueue:
         if slot != self._current:
             self._current = slot
             self._picked_at_ns = self._clock_ns
+        if entry is not None:
+            self._draw(entry)
         return slot
+
+    def _draw(self, entry: Entry) -> None:
+        """The next request of who begins to run: a slice, and where modes meet a random part of the jitter."""
+        request_ns = self._slice_ns
+        if self._jitter_ns:
+            x = self._random                 # xorshift64 (Marsaglia, 2003)
+            x ^= x << 13 & _WORD
+            x ^= x >> 7
+            x ^= x << 17 & _WORD
+            self._random = x
+            request_ns += (x >> 40) * self._jitter_ns >> 24
+        entry.request_ns = request_ns
+        entry.deadline = entry.start + entry.latency.request * (request_ns / entry.weight)
 
     def _least_ahead(self, now: Entry | None) -> Entry | None:
         """Nobody is eligible, parked vCPUs hold what is owed: uncapped first, by deadline."""
@@ -418,13 +451,28 @@ class Runqueue:
 
     def _set_v(self, entry: Entry, v: float) -> None:
         entry.v = v
-        slice_v = self._slice_ns / entry.weight
-        entry.start = v - entry.latency.credit * slice_v
-        entry.deadline = entry.start + entry.latency.request * slice_v
+        entry.start = v - entry.latency.credit * (self._slice_ns / entry.weight)
+        entry.deadline = entry.start + entry.latency.request * (entry.request_ns / entry.weight)
+
+    def _renew(self) -> None:
+        """The settings or the queue are others: everybody begins with a request of a slice."""
+        for entry in self._awake:
+            entry.request_ns = self._slice_ns
+            self._set_v(entry, entry.v)
+        for entry in self._capped:
+            self._set_depth(entry)
+        self._see_modes()
+
+    def _see_modes(self) -> None:
+        """Whether those that compete are of one mode."""
+        awake = self._awake
+        meet = self._most_jitter_ns and any(entry.mode != awake[0].mode for entry in awake)
+        self._jitter_ns = self._most_jitter_ns if meet else 0
 
     def _join(self, entry: Entry, lag: float) -> None:
         # A debt is kept whole: under batch it may be many slices, and a nap would forgive it.
         lag = min(float(self._slice_ns), float(lag))
+        entry.request_ns = self._slice_ns
         if self._weight:
             self._virtual -= lag / self._weight
             self._set_v(entry, self._virtual - lag / entry.weight)
@@ -435,6 +483,7 @@ class Runqueue:
         entry.served = self._clock_ns
         self._awake.append(entry)
         self._awake.sort(key=_slot_of)
+        self._see_modes()
 
     def _leave(self, entry: Entry) -> None:
         entry.lag = entry.weight * (self._virtual - entry.v)
@@ -442,6 +491,7 @@ class Runqueue:
         entry.awake = False
         self._awake.remove(entry)
         self._weight -= entry.weight
+        self._see_modes()
         if self._weight:
             self._virtual += entry.lag / self._weight
 
@@ -473,6 +523,11 @@ class Runqueue:
         for entry in self._awake:
             self._set_v(entry, entry.v - base)
         self._virtual = 0.0
+
+
+def seed_of(seed: int, cpu: int) -> int:
+    """The first word of a host CPU's order: CPUs of one configured seed draw different orders."""
+    return ((seed << 16) + cpu + 1) * _GOLDEN & _WORD or _GOLDEN
 
 
 def _slot_of(entry: Entry) -> Slot:

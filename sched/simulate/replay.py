@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..inputs import CALLS, FORMAT
-from ..policy import POLICIES, Batching, Policy, Runqueue
+from ..policy import POLICIES, Batching, Order, Policy, Runqueue
 
 __all__ = ["Difference", "ReplayError", "Replayed", "replay"]
 
@@ -57,7 +57,7 @@ def replay(lines: Iterable[str]) -> Replayed:
         cpu, call, arguments, recorded = _call(number, line)
         queue = queues.get(cpu)
         if queue is None:
-            queue = queues[cpu] = policy.runqueue(*settings)
+            queue = queues[cpu] = policy.runqueue(*settings, cpu)
         try:
             answered = getattr(queue, call)(*arguments)
         except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
@@ -72,15 +72,17 @@ def replay(lines: Iterable[str]) -> Replayed:
                     first=tuple(first))
 
 
-def _head(line: str) -> tuple[Policy, tuple[int, int, Batching]]:
+def _head(line: str) -> tuple[Policy, tuple[int, int, Batching, Order]]:
     head = _parsed(1, line)
     if not isinstance(head, dict) or head.get("mixvisor_inputs") != FORMAT:
         raise ReplayError(f"line 1 is not the head of recorded inputs of format {FORMAT}")
-    policy, batching = head.get("policy"), head.get("batching")
-    if not isinstance(policy, str) or policy not in POLICIES or not isinstance(batching, dict):
+    policy, batching, order = head.get("policy"), head.get("batching"), head.get("order")
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ReplayError(f"line 1: unknown policy {policy!r}; there are: {', '.join(POLICIES)}")
+    if not isinstance(batching, dict) or not isinstance(order, dict):
+        raise ReplayError("line 1: batching and order must be objects")
     try:
-        settings = (head["slice_ns"], head["ratelimit_ns"], Batching(**batching))
+        settings = (head["slice_ns"], head["ratelimit_ns"], Batching(**batching), Order(**order))
         POLICIES[policy].runqueue(*settings)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplayError(f"line 1: its settings cannot be used: {error}") from error

@@ -27,7 +27,7 @@ from ..inputs import InputLog
 from ..ledger import Ledger
 from ..model import LATENCIES, Slot, VmDemand
 from ..planner import BALANCE_MAX_S, BALANCE_PART, BALANCE_S, Planner
-from ..policy import POLICIES, Batching
+from ..policy import POLICIES, Batching, Order
 from ..policy.entitlement import admit
 from ..policy.kernel import nice_of, weight_of
 from ..shared import ACTIVE, MODES, NOBODY, ONE_CPU, Shared
@@ -131,11 +131,14 @@ class Simulation:
         batching = Batching(
             batch_ns=scheduler.mode_batch_us * 1000, wait_max_ns=scheduler.mode_wait_max_us * 1000,
             budget_ns=Batching.budget(scheduler.mode_loss_max / 100, scheduler.crossing_cost_us * 1000))
+        order = Order(
+            jitter_ns=Order.jitter(scheduler.random_order, self._slice_ns), seed=scheduler.random_seed)
         ratelimit_ns = min(scheduler.ratelimit_us * 1000, self._slice_ns)
         for name, value in (
             ("slice_ns", self._slice_ns), ("ratelimit_ns", ratelimit_ns), ("guard_timeout_ns", NEVER),
             ("policy", tuple(POLICIES).index(policy)), ("mode_batch_ns", batching.batch_ns),
             ("mode_wait_max_ns", batching.wait_max_ns), ("mode_budget_ns", batching.budget_ns),
+            ("order_jitter_ns", order.jitter_ns), ("order_seed", order.seed),
         ):
             shared.set(name, value)
         for slot, (index, vm, name) in enumerate(vms):
@@ -153,7 +156,8 @@ class Simulation:
                        kernel, self._inboxes[cpu], 0)  # type: ignore[arg-type]
             for cpu in (self._cpus if self._parts.dispatches else ())]
         if inputs is not None:
-            log = InputLog(inputs, policy=policy, slice_ns=self._slice_ns, ratelimit_ns=ratelimit_ns, batching=batching)
+            log = InputLog(inputs, policy=policy, slice_ns=self._slice_ns, ratelimit_ns=ratelimit_ns,
+                           batching=batching, order=order)
             for cpu, dispatcher in enumerate(self._dispatchers):
                 dispatcher._queue = log.follow(cpu, dispatcher._queue)  # type: ignore[assignment]
         self._balancer: Balancer | None = None

@@ -6,7 +6,7 @@ import pytest
 
 from mixvisor.config.model import SchedulerConfig, VmConfig
 from mixvisor.config.rules import HostLimits
-from mixvisor.sched.policy import Batching
+from mixvisor.sched.policy import Batching, Order
 from mixvisor.service.backend import Conflict, Unusable
 from mixvisor.service.sharing import PARAMETERS, changed_scheduler, changed_vm, scheduler_settings
 from mixvisor.vm.lifecycle import Phase
@@ -65,7 +65,8 @@ def test_a_change_of_the_scheduler_reaches_its_settings():
         "policy": "batch", "slice_us": 2000, "mode_wait_max_us": 90_000, "mode_loss_max": 0.5, "crossing_cost_us": 40})
     assert scheduler_settings(new) == {
         "policy": "batch", "slice_ns": 2_000_000, "ratelimit_ns": 1_000_000, "migrate_resist_ns": 500_000,
-        "batching": Batching(batch_ns=25_000_000, wait_max_ns=90_000_000, budget_ns=8_000_000)}
+        "batching": Batching(batch_ns=25_000_000, wait_max_ns=90_000_000, budget_ns=8_000_000),
+        "order": Order(jitter_ns=1_000_000, seed=1)}
 
 
 @pytest.mark.parametrize(("keys", "says"), [

@@ -46,11 +46,11 @@ def longest_gap(bench, mode):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(mixes, st.sampled_from([0, 10 * MS, 25 * MS, 60 * MS]), st.sampled_from([50 * MS, 200 * MS, NEVER]),
-       st.integers(0, MS))
-def test_lag_of_group_and_vcpu_stay_within_the_stated_bounds(mix, batch_ns, wait_max_ns, jitter):
+       st.integers(0, MS), st.sampled_from([0, SLICE // 2]))
+def test_lag_of_group_and_vcpu_stay_within_the_stated_bounds(mix, batch_ns, wait_max_ns, jitter, order_ns):
     bench = Bench([Task(weight=w, mode=m) for w, m in mix], jitter_ns=jitter,
-                  queue=partial(BatchRunqueue, batch_ns=batch_ns, wait_max_ns=wait_max_ns))
-    q, (queue,) = SLICE + jitter, bench.queues
+                  queue=partial(BatchRunqueue, batch_ns=batch_ns, wait_max_ns=wait_max_ns, jitter_ns=order_ns))
+    q, (queue,) = SLICE + jitter + order_ns, bench.queues
     of_mode = [sum(w for w, m in mix if m == mode) for mode in (SOFTWARE, HARDWARE)]
     for _ in range(60):
         bench.run(17 * MS)

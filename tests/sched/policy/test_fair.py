@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixvisor.sched.policy import Runqueue, jain
+from mixvisor.sched.policy.fair import seed_of
 
 from ..bench import MS, Bench, Task
 
@@ -288,3 +293,116 @@ def test_jain_is_one_for_equals_and_one_nth_for_a_monopoly():
     assert jain([3, 3, 3]) == pytest.approx(1.0)
     assert jain([1, 0, 0, 0]) == pytest.approx(0.25)
     assert jain([]) == jain([0.0, 0.0]) == 1.0
+
+
+# -- random order --------------------------------------------------------------------------------
+
+JITTER = SLICE // 2
+mixed = st.lists(st.tuples(st.integers(1, 1000), st.sampled_from([0, 1])), min_size=2, max_size=12)
+
+
+def drawn(seed=7, jitter_ns=JITTER):
+    return partial(Runqueue, jitter_ns=jitter_ns, seed=seed)
+
+
+def order_of(bench):
+    return [slot for _, _, slot in bench.trace]
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed, st.integers(0, MS), st.sampled_from([SLICE // 10, SLICE // 2, SLICE]), st.integers(1, 99))
+def test_a_random_order_widens_the_bound_of_the_lag_by_the_jitter_and_no_more(mix, late, jitter_ns, seed):
+    bench = Bench([Task(weight=w, mode=m) for w, m in mix], jitter_ns=late, queue=drawn(seed, jitter_ns))
+    worst_owed = worst_ahead = 0
+    (queue,) = bench.queues
+    for _ in range(60):
+        bench.run(17 * MS)
+        lags = [queue.lag_ns(slot) for slot in queue]
+        worst_owed, worst_ahead = max(worst_owed, *lags), max(worst_ahead, *(-lag for lag in lags))
+        assert abs(sum(lags)) <= len(lags)
+    assert worst_owed <= SLICE + jitter_ns + late + 1
+    assert worst_ahead <= SLICE + late + 1
+    assert bench.bad_idle == 0
+    assert sum(task.ran for task in bench.tasks) == bench.now
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 99))
+def test_among_equals_a_random_order_leaves_the_lag_within_a_slice(count, seed):
+    bench = Bench([Task(mode=slot % 2) for slot in range(count)], queue=drawn(seed)).run(1_000 * MS)
+    assert bench.worst_local_lag <= SLICE + 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(mixed, st.integers(1, 99))
+def test_a_random_order_leaves_the_shares_as_they_are(mix, seed):
+    bench = Bench([Task(weight=w, mode=m) for w, m in mix], queue=drawn(seed)).run(10_000 * MS)
+    want = [w / sum(w for w, _ in mix) for w, _ in mix]
+    assert shares(bench) == pytest.approx(want, abs=0.003)
+
+
+def test_among_equals_of_both_modes_every_predecessor_is_about_as_frequent():
+    bench = Bench([Task(mode=m) for m in (0, 0, 1, 1)], jitter_ns=MS // 20, queue=drawn()).run(30_000 * MS)
+    order = [slot for slot in order_of(bench) if slot is not None]
+    for slot in range(4):
+        before = Counter(a for a, b in pairwise(order) if b == slot and a != slot)
+        assert len(before) == 3
+        assert min(before.values()) > 0.8 * sum(before.values()) / 3
+
+
+def test_the_order_of_one_seed_is_the_same_and_of_another_is_not():
+    def trace(seed):
+        tasks = [Task(weight=w, mode=m) for w, m in ((1, 0), (2, 1), (2, 0), (4, 1))]
+        return order_of(Bench(tasks, queue=drawn(seed)).run(1_000 * MS))
+
+    assert trace(1) == trace(1)
+    assert trace(1) != trace(2)
+
+
+def test_where_one_mode_has_the_cpu_nothing_is_drawn():
+    def trace(queue):
+        return Bench([Task(weight=w, mode=1) for w in (1, 2, 2, 4)], queue=queue).run(1_000 * MS).trace
+
+    assert trace(drawn()) == trace(Runqueue)
+
+
+def test_draws_begin_when_the_other_mode_wakes_and_end_when_it_sleeps():
+    queue = drawn()(SLICE)
+    for slot, mode in ((0, 0), (1, 0), (2, 1)):
+        queue.add(slot, 1 / 3, mode=mode)
+    queue.sleep(2)
+    seed = queue._random
+    for _ in range(10):
+        queue.charge(queue.pick(), SLICE)
+    assert queue._random == seed
+    queue.wake(2)
+    queue.pick()
+    assert queue._random != seed
+
+
+def test_a_change_of_policy_or_slice_begins_with_requests_of_a_slice():
+    queue = drawn()(SLICE)
+    for slot in range(4):
+        queue.add(slot, 0.25, mode=slot % 2)
+    for _ in range(20):
+        queue.charge(queue.pick(), SLICE)
+    other = Runqueue(2 * SLICE)
+    other.take_over(queue)
+    assert {entry.request_ns for entry in other._awake} == {2 * SLICE}
+    other.charge(other.pick(), SLICE)
+    assert {entry.request_ns for entry in other._awake} == {2 * SLICE}
+
+
+def test_the_first_words_of_all_cpus_and_seeds_differ_and_none_is_zero():
+    words = {seed_of(seed, cpu) for seed in range(64) for cpu in range(64)}
+    assert len(words) == 64 * 64
+    assert 0 not in words
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"jitter_ns": -1}, "jitter_ns must be between"), ({"jitter_ns": SLICE + 1}, "jitter_ns must be between"),
+    ({"seed": 0}, "not 0"), ({"seed": 1 << 64}, "64-bit word"),
+])
+def test_an_impossible_order_is_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Runqueue(SLICE, **settings)

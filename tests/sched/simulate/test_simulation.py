@@ -17,9 +17,11 @@ from mixvisor.sched.simulate import PolicyResult, ScenarioRefused, Simulation
 EXACT = {"dispatcher_us": 0, "late_us": 0}
 
 
-def scenario(vms: list[dict[str, Any]], cpus: int = 1, seed: int = 1, **costs: int) -> Scenario:
+def scenario(
+    vms: list[dict[str, Any]], cpus: int = 1, seed: int = 1, scheduler: dict[str, Any] | None = None, **costs: int,
+) -> Scenario:
     return Scenario.model_validate({
-        "simulation": {"seed": seed}, "host": {"cpus": cpus}, "costs": costs,
+        "simulation": {"seed": seed}, "host": {"cpus": cpus}, "costs": costs, "scheduler": scheduler or {},
         "vm": [{"name": f"vm{number}", **vm} for number, vm in enumerate(vms)]})
 
 
@@ -63,6 +65,20 @@ def test_shares_follow_weights_to_a_slice(weights: list[int]) -> None:
         assert group.due == pytest.approx(weight / sum(weights), abs=1e-6)
 
 
+def test_a_random_order_changes_who_comes_when_and_no_share() -> None:
+    def run(**scheduler: int) -> PolicyResult:
+        mix = [{"mode": "software", "count": 2}, {"mode": "hardware", "count": 2}]
+        return simulated(scenario(mix, scheduler=scheduler, **EXACT), seconds=4.0)
+
+    fixed, one, again, other = run(random_order=0), run(), run(random_seed=1), run(random_seed=2)
+    assert one == again != other
+    assert one != fixed
+    for found in (fixed, one, other):
+        assert found.lag_most_ns is not None
+        assert found.lag_most_ns <= 2 * 5_000_000
+        assert [group.received for group in found.groups] == pytest.approx([0.25, 0.25], abs=0.003)
+
+
 def test_three_equal_vms_on_two_cpus_have_two_thirds_each() -> None:
     found = simulated(scenario([{"count": 3}], cpus=2, **EXACT), seconds=4.0)
     assert found.groups[0].received_least == pytest.approx(2 / 3, abs=0.01)
@@ -71,8 +87,9 @@ def test_three_equal_vms_on_two_cpus_have_two_thirds_each() -> None:
 
 
 def test_an_alternation_of_two_modes_costs_what_the_model_says() -> None:
-    found = simulated(scenario([{"mode": "software"}, {"mode": "hardware"}], switch_software_us=10,
-                               switch_hardware_us=20, mixed_software_us=3, mixed_hardware_us=5, **EXACT), seconds=2.0)
+    found = simulated(scenario([{"mode": "software"}, {"mode": "hardware"}], scheduler={"random_order": 0},
+                               switch_software_us=10, switch_hardware_us=20, mixed_software_us=3, mixed_hardware_us=5,
+                               **EXACT), seconds=2.0)
     # Two slices of 5 ms each in turn, as who runs keeps the CPU on a tie; half of the crossings into each mode.
     assert found.mode_switches_per_s == found.vm_switches_per_s == pytest.approx(100, abs=1)
     assert found.lost_switching == pytest.approx(100 * 15e-6, rel=0.02)
