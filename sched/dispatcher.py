@@ -418,6 +418,8 @@ class Dispatcher:
 
     def _new_queue(self) -> Runqueue:
         policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, jitter_ns, seed, scripted = self._asked
+        # Words are written one by one: a shorter slice may be seen before what depends on it.
+        ratelimit_ns, jitter_ns = min(ratelimit_ns, slice_ns), min(jitter_ns, slice_ns)
         self._script = None
         if scripted:
             self._script = ScriptedRunqueue(

@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define VERSION 4
+#define VERSION 6
 #define ONE_CPU 1000000000.0
 #define UNIT 1073741824.0                   /* fair.py, _UNIT */
 #define REBASE_NS 1099511627776.0
@@ -46,6 +46,7 @@ struct entry {                              /* policy/fair.py, Entry: the awake 
     double request, credit, patience;       /* of its latency class */
     word weight, served;
     word mode, vcpu;                        /* vcpu: index in `vcpus` */
+    word request_ns;                        /* of this slice, before its class */
 };
 
 struct vcpu {                               /* dispatcher.py, _Vcpu: all of them, in the order of `_order` */
@@ -68,7 +69,7 @@ struct calls {                              /* instead of the kernel's, for test
 };
 
 struct fields {                             /* where things are: indices of words */
-    word halt, epoch, heartbeat, timeout, used_slots, first_slot, slot_words, policy[8], policies;
+    word halt, epoch, heartbeat, timeout, used_slots, first_slot, slot_words, policy[12], policies;
     word leave, beat, seen_epoch, head, cpu_ns, refusals;
     word want, flags, rate, cap, latency, charged, leak, slices, lag, picked;
     word active, active_mask;
@@ -87,11 +88,12 @@ struct steady {
     struct state states[2 * LEVELS];        /* by state number */
     word state_of[2][LEVELS];               /* [breathing][level] -> state number */
     word sleeping[8];                       /* phases that are sleep, -1 = no more */
-    word asked[8];                          /* policy and settings that this state was made for */
+    word asked[12];                          /* policy and settings that this state was made for */
     /* the run queue */
     double virtual_ns;
     word weight, current, clock_ns, picked_at_ns, ratelimit_ns;      /* current: index in `entries`, -1 */
     word batches, batch_ns, wait_max_ns, budget_ns, mode;
+    word jitter_ns, random;                 /* of the order: policy/fair.py, _draw */
     /* the dispatcher */
     word pick, slice_ns, slice_start, slice_end, slice_previous, slice_progress, slice_flags, slice_breath;
     word slice_edge_late, decision, breathes, breathing, breath_ns, edge, edge_at, early, credit, turn, beat_seen;
@@ -282,11 +284,27 @@ static void set_rate(struct steady *g, struct vcpu *vcpu, word rate)
     entry->v = g->virtual_ns - lag / (double)weight;
     slice_v = (double)g->slice_ns / (double)weight;
     entry->start = entry->v - entry->credit * slice_v;
-    entry->deadline = entry->start + entry->request * slice_v;
+    entry->deadline = entry->start + entry->request * ((double)entry->request_ns / (double)weight);
+}
+
+static void draw(struct steady *g, struct entry *entry)
+{
+    word request_ns = g->slice_ns;
+    if (g->jitter_ns) {
+        uint64_t x = (uint64_t)g->random;
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        g->random = (word)x;
+        request_ns += (word)(x >> 40) * g->jitter_ns >> 24;
+    }
+    entry->request_ns = request_ns;
+    entry->deadline = entry->start + entry->request * ((double)request_ns / (double)entry->weight);
 }
 
 static word started(struct steady *g, word index)
 {
+    draw(g, &g->entries[index]);
     if (index != g->current) {
         g->current = index;
         g->picked_at_ns = g->clock_ns;

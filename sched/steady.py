@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Calls", "Steady", "load"]
 
-VERSION: Final = 4
-_POLICIES_MAX: Final = 8
+VERSION: Final = 6
+_POLICIES_MAX: Final = 12
 _word = ctypes.c_int64
 _double = ctypes.c_double
 _pointer = ctypes.c_void_p
@@ -52,7 +52,7 @@ class _State(ctypes.Structure):
 
 class _Entry(ctypes.Structure):
     _fields_ = [*((name, _double) for name in ("v", "start", "deadline", "request", "credit", "patience")),
-                *((name, _word) for name in ("weight", "served", "mode", "vcpu"))]
+                *((name, _word) for name in ("weight", "served", "mode", "vcpu", "request_ns"))]
 
 
 class _Vcpu(ctypes.Structure):
@@ -103,7 +103,7 @@ class _Steady(ctypes.Structure):
         ("virtual_ns", _double),
         *((name, _word) for name in (
             "weight", "current", "clock_ns", "picked_at_ns", "ratelimit_ns",
-            "batches", "batch_ns", "wait_max_ns", "budget_ns", "mode",
+            "batches", "batch_ns", "wait_max_ns", "budget_ns", "mode", "jitter_ns", "random",
             "pick", "slice_ns", "slice_start", "slice_end", "slice_previous", "slice_progress", "slice_flags",
             "slice_breath", "slice_edge_late", "decision", "breathes", "breathing", "breath_ns", "edge", "edge_at",
             "early", "credit", "turn", "beat_seen", "epoch", "earlier_cpu_ns", "steps", "limit", "now", "error")),
@@ -268,10 +268,11 @@ class Steady:
             into = self._entries[index]
             into.v, into.start, into.deadline, into.weight = entry.v, entry.start, entry.deadline, entry.weight
             into.request, into.credit, into.patience = entry.latency
-            into.served, into.mode = entry.served, entry.mode
+            into.served, into.mode, into.request_ns = entry.served, entry.mode, entry.request_ns
         g.virtual_ns, g.weight = queue._virtual, queue._weight
         g.current = NOBODY if queue._current is None else place.get(queue._current, NOBODY)
         g.clock_ns, g.picked_at_ns, g.ratelimit_ns = queue._clock_ns, queue._picked_at_ns, queue._ratelimit_ns
+        g.jitter_ns, g.random = queue._jitter_ns, queue._random
         g.batches = isinstance(queue, BatchRunqueue)
         if isinstance(queue, BatchRunqueue):
             g.batch_ns, g.wait_max_ns = queue._batch_ns, queue._wait_max_ns
@@ -288,10 +289,11 @@ class Steady:
         for index, entry in enumerate(queue._awake):
             out = self._entries[index]
             entry.v, entry.start, entry.deadline = out.v, out.start, out.deadline
-            entry.weight, entry.served = out.weight, out.served
+            entry.weight, entry.served, entry.request_ns = out.weight, out.served, out.request_ns
         queue._virtual, queue._weight = g.virtual_ns, g.weight
         queue._current = queue._awake[g.current].slot if g.current >= 0 else queue._current
         queue._clock_ns, queue._picked_at_ns = g.clock_ns, g.picked_at_ns
+        queue._random = g.random % (1 << 64)
         if isinstance(queue, BatchRunqueue):
             queue._mode = g.mode
         d._ring.refresh()

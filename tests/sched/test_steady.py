@@ -99,9 +99,9 @@ class Twin(Host):
             "block": self.shared.words[block:block + CPU_FIELDS["cpu_ns"]].tolist(),
             "records": RingReader(self.shared, 0).read(),
             "threads": {tid: (t.policy, t.priority, t.stopped, t.ran) for tid, t in self.kernel.threads.items()},
-            "queue": [
-                (e.slot, e.v, e.start, e.deadline, e.lag, e.weight, e.served, e.awake)
-                for e in queue._entries.values()],
+            "queue": [(e.slot, e.v, e.start, e.deadline, e.lag, e.weight, e.served, e.awake, e.request_ns)
+                      for e in queue._entries.values()],
+            "order": (queue._random, queue._jitter_ns),
             "virtual": (queue._virtual, queue._weight, queue._current, queue._clock_ns, queue._picked_at_ns),
             "turn": (self.dispatcher._credit, self.dispatcher._turn, self.dispatcher._breathing, self.dispatcher._edge),
         }
@@ -111,7 +111,7 @@ class Twin(Host):
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(("rate", "sleep", "wake", "pause", "go-on", "cap", "policy", "leave", "come", "gone", "late",
-                         "slice", "latency", "nothing")),
+                         "slice", "latency", "order", "nothing")),
         st.integers(0, VCPUS - 1), st.integers(1, 1000), st.integers(1, 60)),
     min_size=1, max_size=25)
 
@@ -148,6 +148,10 @@ def happen(host: Twin, what: str, slot: int, number: int) -> None:
         thread.gone = True
     elif what == "late":
         host.late_by = number * 100
+    elif what == "order":
+        shared.set("order_jitter_ns", number % 3 * 500_000)
+        shared.set("order_seed", number)
+        shared.bump()
     elif what == "slice":
         shared.set("slice_ns", (1 + number % 10) * 1_000_000)
         shared.bump()
@@ -179,7 +183,7 @@ def test_c_and_python_take_the_same_steps_to_the_last_bit(kind, events):
 def test_a_steady_host_is_stepped_in_c_almost_always(kind, policy):
     interpreted, native = Twin(kind, native=False), Twin(kind, native=True)
     chance = random.Random(7)
-    events = [("late", 0, 300, 1), ("policy", 0, policy * 250 + policy, 1)]
+    events = [("late", 0, 300, 1), ("order", 0, 2, 1), ("policy", 0, policy * 250 + policy, 1)]
     events += [("rate", chance.randrange(VCPUS), chance.randint(1, 1000), 300) for _ in range(15)]
     assert live(interpreted, events) == live(native, events)
     assert native.in_c > 0.95 * sum(steps for *_, steps in events)
