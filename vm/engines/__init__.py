@@ -8,12 +8,12 @@ imported only when it is asked for: a host without Unicorn still runs `kvm` gues
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from .base import Bus, Cpu, EngineError
 
-__all__ = ["ENGINES", "create"]
+__all__ = ["ENGINES", "create", "create_several"]
 
 
 def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:
@@ -36,6 +36,16 @@ ENGINES: Final[Mapping[str, Callable[..., Cpu]]] = {
     "kvm": _kvm,
     "software": _software,
 }
+
+
+def create_several(
+    name: str, memory: mmap.mmap, buses: Sequence[Bus], exits: Sequence[memoryview], rom: mmap.mmap | None = None,
+) -> Sequence[Cpu]:
+    """The vCPUs of one VM, each with a bus and counters of its own. See `kvm.engine.create_several`."""
+    if name != "kvm":
+        raise EngineError(f"the {name} engine runs one vCPU, not {len(buses)}")
+    from .kvm.engine import create_several
+    return create_several(memory, buses, exits, rom=rom)
 
 
 def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:

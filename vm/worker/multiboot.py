@@ -40,7 +40,7 @@ __all__ = ["BootError", "Module", "boot"]
 
 BOOTED: Final = 0x2BAD_B002
 LOADER: Final = b"Mixvisor"
-HOLE: Final = range(0xA_0000, 0x10_0000)       # video memory and ROM
+HOLE: Final = range(CONVENTIONAL_END, 0x10_0000)       # data of a BIOS, video memory, ROM
 AVOIDED: Final = range(0x4000, 0x1_3000)
 # flags, lower and upper memory, boot device, command line, modules; map; loader name; screen
 _INFO: Final = struct.Struct("<7I 16x II 12x I 20x QIIIBB6x")
@@ -100,8 +100,8 @@ def _check_part(part: multiboot.Part, size: int) -> None:
         raise BootError("memory", f"{where}, beyond the VM's {size >> 10} KiB of memory: give it at least "
                                   f"{-(-part.end >> 20)}M")
     if part.address < HOLE.stop and part.end > HOLE.start:
-        raise BootError("image", f"{where}, where a PC has video memory and ROM (0xa0000 to 0xfffff): link it "
-                                 "elsewhere, usually at 1 MiB")
+        raise BootError("image", f"{where}, where a PC has BIOS data, video memory and ROM (0x9fc00 to 0xfffff): link "
+                                 "it elsewhere, usually at 1 MiB")
 
 
 def _place_modules(modules: Sequence[Module], taken: list[range], size: int) -> list[range]:

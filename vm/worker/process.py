@@ -1,10 +1,10 @@
-"""A worker's life: one process, one thread, one VM.
+"""A worker's life: one process, one thread (and one more for each further vCPU), one VM.
 
     build -> shut the door -> "started" -> run / sleep / pause -> "ended"
 
-Theory.  A vCPU is this process' only thread, so everything happens between two calls of
-`Cpu.run`: requests are answered, devices are brought up to date, and a guest that waits
-(HLT, a BIOS call for a key) sleeps in poll() on the control socket, where it costs nothing.  The
+Theory.  The first vCPU is this process' main thread, and nearly always its only one (processors.py has the others), so
+everything happens between two calls of `Cpu.run`: requests are answered, devices are brought up to date, and a guest
+that waits (HLT, a BIOS call for a key) sleeps in poll() on the control socket, where it costs nothing.  The
 supervisor kicks (SIGUSR1) after each packet; vm/engines/kick.py makes `run` return for it
 wherever it was.  While the guest computes, a one-shot timer (SIGALRM, also a kick) goes off when
 the machine has its next event, a tick of the guest's timer for instance; a guest that uses no
@@ -31,6 +31,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Final
 
@@ -51,7 +52,7 @@ from ..engines.base import (
     ExitReason,
     HostLimit,
 )
-from . import multiboot, sandbox
+from . import mptable, multiboot, sandbox
 from .clock import Clock, HostClock
 from .control import Control
 from .devices.disk import Disk
@@ -59,8 +60,9 @@ from .devices.fwcfg import FirmwareConfig
 from .eyes import Eyes, flatten
 from .machine import Machine
 from .memory import GuestMemory
+from .processors import Ended, Processors
 from .protocol import Ending, WorkerSpec
-from .status import Phase, StatusPage
+from .status import VCPUS_MAX, Phase, StatusPage
 
 __all__ = [
     "BOOT_SECTOR", "CALLS_LIMIT", "SERIAL_CHUNK_BYTES", "TRACE_CHUNK", "StartFailed", "Worker", "main", "spawned",
@@ -112,6 +114,8 @@ class Worker:
         self._alarm_ns: int | None = None         # when the machine wants to be polled
         self._running = False                     # the alarm is armed while the guest runs
         self._screen_version = 0
+        self.processors: Processors | None = None
+        self._lock: AbstractContextManager[Any] = contextlib.nullcontext()     # of the machine, where others use it
         self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "pause": self._pause, "resume": self._resume, "stop": self._stop,
             "screen": self._screen, "keys": self._keys, "serial": self._serial,
@@ -120,10 +124,11 @@ class Worker:
         }
         disks = self._load()
         rom = self._load_rom() if spec.boot == "rom" else None
+        fw_cfg = FirmwareConfig(spec.memory_bytes, spec.vcpus) if spec.boot == "multiboot" else None
         self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm, post_ports=spec.post_ports,
-                               fw_cfg=FirmwareConfig(spec.memory_bytes) if spec.boot == "multiboot" else None)
+                               fw_cfg=fw_cfg)
         try:
-            self.cpu: Cpu = engines.create(spec.engine, memory, self.machine, status.exits, rom)
+            self.cpu, *self._others = self._make_cpus(rom)
         except HostLimit as error:
             raise StartFailed("host-busy" if error.busy else "host-limit", str(error)) from error
         except EngineError as error:
@@ -132,8 +137,31 @@ class Worker:
         self.eyes = Eyes(memory, self.cpu, status, self.machine.post_codes)
         self._requests |= self.eyes.requests
         self.cpu.set_state(self._first_state())
+        if self._others:
+            try:
+                mptable.install(self._memory, spec.vcpus)
+            except ValueError as error:
+                raise StartFailed("memory", str(error)) from error
 
     # Building.
+
+    def _make_cpus(self, rom: mmap.mmap | None) -> Sequence[Cpu]:
+        spec, status = self._spec, self._status
+        if spec.vcpus == 1:
+            return [engines.create(spec.engine, self._raw, self.machine, status.exits, rom)]
+        if spec.vcpus > VCPUS_MAX:
+            raise StartFailed("engine", f"a micro-VM has at most {VCPUS_MAX} vCPUs, not {spec.vcpus}")
+        self.processors = Processors(self.machine)
+        self._lock = self.processors.lock
+        counters = [status.exits_of(index) for index in range(spec.vcpus)]
+        return engines.create_several(spec.engine, self._raw, self.processors.buses(spec.vcpus), counters, rom)
+
+    def begin(self) -> list[int]:
+        """Once the door is shut: the threads of the other vCPUs. The native ids of all, the main thread's first."""
+        if self.processors is None:
+            return [os.getpid()]
+        self.processors.start(self._others, held=self._paused)
+        return self.processors.threads
 
     def _count(self, name: str, value: int) -> None:
         self._status.add(name, value)
@@ -235,6 +263,13 @@ class Worker:
     def live(self) -> Ending | None:
         """Run the guest to its end. None: the supervisor is gone, nobody is to be told."""
         try:
+            return self._live_to_the_end()
+        finally:
+            if self.processors is not None:
+                self.processors.end()
+
+    def _live_to_the_end(self) -> Ending | None:
+        try:
             return self._live()
         except HostLimit as error:
             return self._crash("host-limit", str(error))
@@ -249,30 +284,27 @@ class Worker:
     def _live(self) -> Ending | None:
         machine, status = self.machine, self._status
         while True:
-            self._answer_all()
+            with self._lock:
+                self._answer_all()
             if self._control.gone:
                 return None
             if self._asked:
                 return Ending("stopped", "stopped on request", "asked")
             if self._paused:
+                if self.processors is not None:
+                    self.processors.hold()
                 self._sleep(None, Phase.PAUSED)
                 continue
-            now_ns = self._clock.monotonic_ns()
-            if self._alarm_ns is not None and now_ns >= self._alarm_ns:
-                machine.poll()
-            if not machine.wait_is_over(now_ns):
-                if self._interrupt_can_be_taken():
-                    machine.interrupt_wait()
-                else:
-                    wait = machine.wait
-                    self._sleep(wait.until_ns if wait else None, Phase.SLEEPING)
-                    continue
-            elif self._halted:
-                if not machine.interrupts.asking:
-                    self._sleep(None, Phase.SLEEPING)
-                    continue
-                self._halted = False
-            machine.finish_wait()
+            if self.processors is not None:
+                self.processors.go_on()
+            with self._lock:
+                goes_on = self._may_go_on()
+            if not goes_on:
+                wait = machine.wait
+                self._sleep(wait.until_ns if wait else None, Phase.SLEEPING)
+                if self._ended_elsewhere():
+                    return self._after(Exit(ExitReason.KICKED))
+                continue
             status.set("phase", Phase.RUNNING)
             self._arm(on=True)
             if status.get("started_ns") == 0:
@@ -283,11 +315,35 @@ class Worker:
             if ending is not None:
                 return ending
 
+    def _may_go_on(self) -> bool:
+        """Devices brought up to date; whether the guest has something to do now."""
+        machine = self.machine
+        now_ns = self._clock.monotonic_ns()
+        if self._alarm_ns is not None and now_ns >= self._alarm_ns:
+            machine.poll()
+        if not machine.wait_is_over(now_ns):
+            if not self._interrupt_can_be_taken():
+                return False
+            machine.interrupt_wait()
+        elif self._halted:
+            if not machine.interrupts.asking:
+                return False
+            self._halted = False
+        machine.finish_wait()
+        return True
+
+    def _ended_elsewhere(self) -> bool:
+        """Another vCPU has ended the VM while the first one slept."""
+        return self.processors is not None and (
+            self.machine.ending is not None or self.processors.ended is not None)
+
     def _after(self, left: Exit) -> Ending | None:
         """What a return of `run` means: None to go on."""
         ended = self.machine.ending
         if ended is not None:
             return Ending("stopped", ended.reason, ended.code, exit_code=ended.exit_code)
+        if self.processors is not None and self.processors.ended is not None:
+            return self._other_ended(self.processors.ended)
         if left.reason in (ExitReason.KICKED, ExitReason.STOPPED):
             return None
         if left.reason is ExitReason.ENDED:
@@ -301,12 +357,26 @@ class Worker:
             return None
         return self._crash(_CRASHES[left.reason], _sentence(left))
 
-    def _crash(self, code: str, reason: str) -> Ending:
+    def _other_ended(self, ended: Ended) -> Ending:
+        """A vCPU beside the first has ended, and the VM with it."""
+        left, cpu = ended.left, self._others[ended.index - 1]
+        if isinstance(left, BaseException):
+            if not isinstance(left, EngineError):
+                traceback.print_exception(left)
+            code = "host-limit" if isinstance(left, HostLimit) else (
+                "engine" if isinstance(left, EngineError) else "internal")
+            return self._crash(code, f"vCPU {ended.index} could not go on ({type(left).__name__}: {left})", cpu)
+        if left.reason is ExitReason.ENDED:
+            return Ending("stopped", left.detail, "reset")
+        return self._crash(_CRASHES[left.reason], f"{_sentence(left)} (vCPU {ended.index})", cpu)
+
+    def _crash(self, code: str, reason: str, cpu: Cpu | None = None) -> Ending:
         ending = Ending("crashed", reason, code)
         try:
-            state = self.cpu.get_state()
+            eyes = self.eyes if cpu is None else Eyes(self._raw, cpu, self._status, self.machine.post_codes)
+            state = (cpu or self.cpu).get_state()
             instruction = decode.describe(self._raw, state)
-            report = self.eyes.where()
+            report = eyes.where()
         except Exception as error:
             # A dead engine may not answer any more; the ending must be told all the same.
             return replace(ending, reason=f"{reason} (its registers cannot be read: {error})")
@@ -334,6 +404,8 @@ class Worker:
         self._alarm_ns = when_ns
         if self._running:
             self._set_timer()
+        elif self.processors is not None:
+            self.processors.wake_main()
 
     def _arm(self, *, on: bool) -> None:
         """Have the guest interrupted at the machine's next event, or no longer."""
@@ -355,7 +427,8 @@ class Worker:
     def close(self) -> None:
         self._arm(on=False)
         self.eyes.close()
-        self.cpu.close()
+        for cpu in reversed([self.cpu, *self._others]):
+            cpu.close()
 
     # Requests.
 
@@ -468,7 +541,7 @@ def main(spec: WorkerSpec, fds: list[int]) -> int:
     # Everything is open, mapped and imported: no need for the outside world any more.
     largest = max((disk.end_bytes for disk in worker.machine.disks), default=0)
     achieved = sandbox.enter(largest) if spec.sandbox else ["not: anything (switched off)"]
-    control.send({"event": "started", "sandbox": achieved, "engine": spec.engine})
+    control.send({"event": "started", "sandbox": achieved, "engine": spec.engine, "threads": worker.begin()})
     ending = worker.live()
     status.set("phase", Phase.ENDED)
     if ending is not None:

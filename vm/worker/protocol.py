@@ -4,9 +4,10 @@ Transport: one SOCK_SEQPACKET socket a worker, one JSON object a packet, at most
 `MAX_PACKET` bytes. The supervisor sends requests `{"id": n, "op": ..., ...}`, then raises
 SIGUSR1 in the worker (through its pidfd) so that a computing guest is interrupted; the worker
 drains the socket and answers `{"id": n, "ok": true, ...}` or `{"id": n, "ok": false, "error": "..."}`. Unasked, a
-worker sends only `{"event": "started"}`, `{"event": "failed", "error": ...}` (it could not
-start; it then exits) and `{"event": "ended", ...fields of Ending, "screen": {...}, "serial": {...}}`, the last
-two as answers of those operations, to be read when the process is gone (no screen below 768 KiB of memory). It never
+worker sends only `{"event": "started", "threads": [id of the thread of each vCPU], ...}`,
+`{"event": "failed", "error": ...}` (it could not start; it then exits) and
+`{"event": "ended", ...fields of Ending, "screen": {...}, "serial": {...}}`, the last two as answers of those
+operations, to be read when the process is gone (no screen below 768 KiB of memory). It never
 floods: serial output stays in the worker's ring buffer until asked for.
 
 Operations: `pause`, `resume`, `stop` (ends the guest in good order: Ending STOPPED),
@@ -84,6 +85,7 @@ class WorkerSpec:
     name: str
     engine: Literal["kvm", "software"]
     memory_bytes: int
+    vcpus: int = 1                            # kvm only
     boot: Literal["flat", "disk", "rom", "multiboot"]
     disks: list[DiskSpec] = field(default_factory=list["DiskSpec"])     # none: one, read-only
     builtin: str | None = None                # name in vm/guests; boots flat, or as a boot sector

@@ -15,7 +15,7 @@ from typing import Final
 from ..disks.geometry import DRIVES
 from ..engines.base import ExitKind
 
-__all__ = ["DISK_COUNTERS", "EXITS_OFFSET", "FIELDS", "STATUS_SIZE", "Phase", "StatusPage"]
+__all__ = ["DISK_COUNTERS", "EXITS_OFFSET", "FIELDS", "STATUS_SIZE", "VCPUS_MAX", "Phase", "StatusPage"]
 
 STATUS_SIZE: Final = 4096
 MAGIC: Final = 0x3153_5849_4D56_5831  # layout 1
@@ -46,6 +46,8 @@ FIELDS: Final = {
     ))
 }
 EXITS_OFFSET: Final = 512
+EXITS_BYTES: Final = 128                 # of each vCPU: its counters, and room
+VCPUS_MAX: Final = (STATUS_SIZE - EXITS_OFFSET) // EXITS_BYTES
 
 
 class StatusPage:
@@ -55,10 +57,20 @@ class StatusPage:
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(fd, STATUS_SIZE, prot=prot)
         self.words = memoryview(self._map).cast("Q")
-        first = EXITS_OFFSET // 8
-        self.exits = self.words[first:first + len(ExitKind)]
+        self.exits = self.exits_of(0)
         if writable:
             self.words[FIELDS["magic"]] = MAGIC
+
+    def exits_of(self, vcpu: int) -> memoryview:
+        """The exit counters of a vCPU, by ExitKind. Release it before `close`."""
+        first = (EXITS_OFFSET + EXITS_BYTES * vcpu) // 8
+        return self.words[first:first + len(ExitKind)]
+
+    def exits_of_all(self, vcpus: int) -> list[int]:
+        """Their sums over the first *vcpus* vCPUs, by ExitKind."""
+        first, step = EXITS_OFFSET // 8, EXITS_BYTES // 8
+        words = self.words[first:first + step * min(vcpus, VCPUS_MAX)].tolist()
+        return [sum(words[kind::step]) for kind in range(len(ExitKind))]
 
     def get(self, name: str) -> int:
         return self.words[FIELDS[name]]
