@@ -120,7 +120,7 @@ _REFUSALS: Final = CPU_FIELDS["refusals"]
 _RUNNABLE: Final = CPU_FIELDS["runnable"]
 _POLICY: Final = (
     "policy", "slice_ns", "ratelimit_ns", "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns", "order_jitter_ns",
-    "order_seed")
+    "order_seed", "script_cpu")
 _POLICIES: Final = tuple(POLICIES.values())
 
 
@@ -413,15 +413,15 @@ class Dispatcher:
         words[self._base + CPU_FIELDS["seen_epoch"]] = epoch
 
     def _wanted(self) -> tuple[int, ...]:
-        """Policy and settings as the supervisor wants them now, and whether a script is to be played."""
-        return *map(self._shared.get, _POLICY), self._shared.get("script_cpu") == self._settings.cpu
+        """Policy and settings as the supervisor wants them now, and who is to play a script."""
+        return tuple(map(self._shared.get, _POLICY))
 
     def _new_queue(self) -> Runqueue:
-        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, jitter_ns, seed, scripted = self._asked
+        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, jitter_ns, seed, script_cpu = self._asked
         # Words are written one by one: a shorter slice may be seen before what depends on it.
         ratelimit_ns, jitter_ns = min(ratelimit_ns, slice_ns), min(jitter_ns, slice_ns)
         self._script = None
-        if scripted:
+        if script_cpu == self._settings.cpu:
             self._script = ScriptedRunqueue(
                 ScriptReader(self._shared, self._settings.index), slice_ns, ratelimit_ns)
             return self._script
