@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "check": ("files", "check"),
     "schema": ("files", "schema"),
     "modes": ("modes", "modes"),
+    "measure": ("measure", "measure"),
     "simulate": ("simulate", "simulate"),
     "scan": ("scan", "scan"),
     "ps": ("show", "ps"),

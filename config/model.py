@@ -616,6 +616,10 @@ class VmConfig(_Table):
         default=None,
         description="Guest-physical address of a 64-bit counter that the guest raises as it "
                     "works, a multiple of 8 inside its memory. Built-in guests have their own.")
+    measure: Flag = Field(
+        default=False,
+        description="Whether `mixvisor measure --vms` may borrow it: for that minute a script decides when it "
+                    "runs, together with the other VMs that are measured.")
 
     @field_validator("name")
     @classmethod

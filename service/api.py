@@ -20,6 +20,11 @@ Control, JSON, every answer an object with `schema`:
     GET  /v1/policy                       [scheduler] as it is in force
     POST /v1/policy                       keys of it with new values; the whole of it as in force then
     GET  /v1/recording?seconds=N          slices of the last N seconds (all that are kept), JSON lines
+    POST /v1/loans                        {"vms": [names]}: their host CPU's order, lent to a measurement
+    POST /v1/loans/{id}                   {"script": [[vm, ns], ...]}: more to play; the slices since the last call
+    POST /v1/loans/{id}/end               everything goes back; the last slices
+    GET  /v1/mixing                       what mixing was measured to cost here (metrics/mixing/result.py), or null
+    POST /v1/mixing                       a new measurement of it
     POST /v1/shutdown
 
 An error is `{"error": {"code", "message"}}` with the status of the `ServiceError` that said it.
@@ -47,6 +52,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from ..metrics.mixing.result import MixingResult, ResultError
 from ..metrics.snapshot import Snapshot, VmSnapshot
 from .backend import Action, Backend, NotFound, ServiceError, Unusable
 from .wire import SCHEMA, to_json
@@ -103,6 +109,11 @@ def control_app(backend: Backend) -> Starlette:
             Route("/v1/policy", control.set_policy, methods=["POST"]),
             Route("/v1/warnings", control.warnings, methods=["GET"]),
             Route("/v1/recording", control.recording, methods=["GET"]),
+            Route("/v1/loans", control.lend, methods=["POST"]),
+            Route("/v1/loans/{loan}", control.exchange, methods=["POST"]),
+            Route("/v1/loans/{loan}/end", control.give_back, methods=["POST"]),
+            Route("/v1/mixing", control.mixing, methods=["GET"]),
+            Route("/v1/mixing", control.keep_mixing, methods=["POST"]),
             Route("/v1/shutdown", control.shutdown, methods=["POST"]),
         ],
         exception_handlers={
@@ -215,6 +226,27 @@ class _Control:
         # Up to a second's work: not on the thread that watches the VMs.
         body = await trio.to_thread.run_sync(lambda: "\n".join(packed.unpack().lines()) + "\n")
         return Response(body, media_type="application/x-ndjson")
+
+    async def lend(self, request: Request) -> Response:
+        return _answer(await self._backend.lend((await _body(request)).get("vms")))
+
+    async def exchange(self, request: Request) -> Response:
+        return _answer(self._backend.exchange(request.path_params["loan"], (await _body(request)).get("script")))
+
+    async def give_back(self, request: Request) -> Response:
+        return _answer(self._backend.give_back(request.path_params["loan"]))
+
+    async def mixing(self, _request: Request) -> Response:
+        result = self._backend.mixing()
+        return _answer({"mixing": None if result is None else result.to_json()})
+
+    async def keep_mixing(self, request: Request) -> Response:
+        try:
+            result = MixingResult.from_json(await _body(request))
+        except ResultError as error:
+            raise Unusable(str(error)) from error
+        self._backend.keep_mixing(result)
+        return _answer({"mixing": result.to_json()})
 
     async def shutdown(self, _request: Request) -> Response:
         self._backend.request_shutdown()

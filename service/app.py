@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -24,6 +25,7 @@ import structlog
 import trio
 
 from ..config.model import Config, DiskBoot, FlatBoot, MultibootBoot, RomBoot, VmConfig, vm_cpus
+from ..metrics.mixing.result import MeasuredHost, MixingResult
 from ..metrics.snapshot import (
     CpuSnapshot,
     Histogram,
@@ -38,11 +40,14 @@ from ..sched.supervisor import DispatchRefused, Scheduler
 from ..vm.guests import BUILTIN, pokes
 from ..vm.host import HostFacts
 from ..vm.lifecycle import Phase
+from ..vm.mixing import MeasuredCost
 from ..vm.modes import ModeDecision, ModeRefusal, plan
 from ..vm.worker.protocol import WorkerSpec
 from .backend import Action, NotFound, ServiceError, Unusable
 from .children import open_zygote
+from .loans import Loans
 from .machine import Machine, MachineContext
+from .measured import Measured
 from .mixed import Mixed
 from .rivals import Rivals
 from .sharing import PARAMETERS, changed_scheduler, changed_vm, scheduler_settings
@@ -121,6 +126,10 @@ class Service:
         self._started_unix_s = time.time()
         self._machines: dict[str, Machine] = {}
         self._scheduler: Scheduler | None = None
+        self._loans: Loans | None = None
+        host = MeasuredHost(
+            technology=self.facts.technology, cpu_model=self.facts.cpu_model, kernel=self.facts.kernel)
+        self._measured = Measured(state_dir, host, self._act_on)
         self._record_from = 0.0            # when trouble is recorded again
         self._shutdown = trio.Event()
         self._sharing = trio.Lock()            # one change of how CPUs are shared at a time
@@ -141,6 +150,7 @@ class Service:
         """
         state = StateDir(self._state_path)
         try:
+            self._measured.recall()
             with self._off_the_vm_cpus():
                 async with trio.open_nursery() as servers:
                     await self._serve(servers)
@@ -189,6 +199,8 @@ class Service:
                 raise ServiceError(str(error)) from error
             self._scheduler = scheduler
             self._lift_priority()
+            self._loans = Loans(
+                self.board, scheduler, nursery, lambda name: self.machine(name).config, asdict(self._measured.host))
             nursery.start_soon(self.mixed.watch)
             nursery.start_soon(self._rivals.watch)
             async with trio.open_nursery() as lives:
@@ -320,6 +332,31 @@ class Service:
         return () if figures is None or figures.cpu is None else (figures.cpu,)
 
     # -- Backend --------------------------------------------------------------------------
+
+    def _lender(self) -> Loans:
+        if self._loans is None or not self.ready:
+            raise ServiceError("the service is starting or ending; try again")
+        return self._loans
+
+    async def lend(self, vms: Any) -> dict[str, Any]:
+        return await self._lender().lend(vms)
+
+    def exchange(self, loan: str, script: Any) -> dict[str, Any]:
+        return self._lender().exchange(loan, script)
+
+    def give_back(self, loan: str) -> dict[str, Any]:
+        return self._lender().give_back(loan)
+
+    def mixing(self) -> MixingResult | None:
+        return self._measured.result
+
+    def keep_mixing(self, result: MixingResult) -> None:
+        self._measured.keep(result)
+
+    def _act_on(self, result: MixingResult) -> None:
+        cost = result.cost_us if result.usable else None
+        self.mixed.measured(None if cost is None else MeasuredCost(cost.value / 1e6, cost.low / 1e6, cost.high / 1e6))
+        self._cached = None
 
     def request_shutdown(self) -> None:
         self._shutdown.set()

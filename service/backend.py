@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
+from ..metrics.mixing.result import MixingResult
 from ..metrics.snapshot import Snapshot
 from ..sched.recorder import PackedRecording
 
@@ -77,6 +78,26 @@ class Backend(Protocol):
 
     def recording(self, seconds: float | None) -> PackedRecording:
         """The slices of the last `seconds` (None: all that are kept). Raises ServiceError."""
+        ...
+
+    async def lend(self, vms: Any) -> dict[str, Any]:
+        """A loan of these VMs' host CPU to a measurement (service/loans.py). Raises ServiceError."""
+        ...
+
+    def exchange(self, loan: str, script: Any) -> dict[str, Any]:
+        """More of the loan's script in, its slices out. Raises ServiceError."""
+        ...
+
+    def give_back(self, loan: str) -> dict[str, Any]:
+        """The end of a loan, and its last slices. Raises ServiceError."""
+        ...
+
+    def mixing(self) -> MixingResult | None:
+        """What mixing was measured to cost on this host, if it was."""
+        ...
+
+    def keep_mixing(self, result: MixingResult) -> None:
+        """A new measurement: kept in the state directory, and acted on. Raises ServiceError."""
         ...
 
     def request_shutdown(self) -> None: ...

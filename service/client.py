@@ -122,6 +122,25 @@ class Client:
             raise _error(self._document(response))
         return response.text
 
+    def lend(self, vms: list[str]) -> dict[str, Any]:
+        """A loan of these VMs' host CPU to a measurement: `loan`, `cpu`, `vms` ... (service/loans.py)."""
+        return self._call("POST", "/v1/loans", {"vms": vms})
+
+    def exchange(self, loan: str, script: list[tuple[int, int]]) -> dict[str, Any]:
+        """`written` of the script, `played`, `slices` since the last call, `ended` or None."""
+        return self._call("POST", f"/v1/loans/{quote(loan, safe='')}", {"script": script})
+
+    def give_back(self, loan: str) -> dict[str, Any]:
+        """The last `slices`."""
+        return self._call("POST", f"/v1/loans/{quote(loan, safe='')}/end")
+
+    def mixing(self) -> dict[str, Any] | None:
+        """What mixing was measured to cost (metrics/mixing/result.py)."""
+        return self._call("GET", "/v1/mixing")["mixing"]
+
+    def keep_mixing(self, result: dict[str, Any]) -> None:
+        self._call("POST", "/v1/mixing", result)
+
     def shutdown(self) -> None:
         self._call("POST", "/v1/shutdown")
 

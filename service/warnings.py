@@ -60,6 +60,12 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
          "`mixvisor_host_cpu_mode_switches_total` counts them.",
          "`policy = \"partition\"` avoids crossings, `policy = \"batch\"` makes them fewer, longer slices "
          "(`slice_us`) do too; or one mode for all."),
+    Kind("measuring", "info",
+         "`mixvisor measure --vms` has borrowed VMs of this service (`measure = true` in their tables).",
+         "A script decides when those VMs run, on one host CPU; they share their time evenly instead of by weight. VMs "
+         "beside them keep their shares.",
+         "Nothing: it is over in a minute, and everything goes back even if the one who measures dies. Pausing or "
+         "stopping one of the VMs ends it at once."),
     # Other hypervisors.
     Kind("virtualbox-vms", "critical; info where KVM uses neither VT-x nor AMD-V",
          "VirtualBox runs VMs with its own driver (`/dev/vboxdrv` is held open).",

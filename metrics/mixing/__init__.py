@@ -4,6 +4,7 @@
 |---|---|
 | `slices` | the raw records as columns, which of them can be used, and the file that keeps them |
 | `design` | the experiment: which VM runs when, in which order of conditions |
+| `session` | a measurement while it runs: the design as a script, slices as a recording |
 | `interval` | estimates with their intervals; trimmed means and Welch's degrees of freedom |
 | `order` | the randomised-order estimator: a regression over single slices |
 | `blocks` | distance-matched ABBA blocks with A/A and solo controls |

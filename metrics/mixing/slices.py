@@ -92,7 +92,7 @@ class Slices:
         return len(self.vm)
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Sequence[int]]) -> Slices:
+    def from_rows(cls, rows: Sequence[Sequence[int]] | Ints) -> Slices:
         """Rows with the fields in the order of this class."""
         table = np.asarray(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))
         return cls(**{name: table[:, index].copy() for index, name in enumerate(COLUMNS)})
