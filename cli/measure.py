@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure"]
 
-SLICES_US: Final = (500, 1000, 2000, 4000)
+SLICES_US: Final = (500, 1000, 2000)
 REFERENCE_US: Final = 1000
 SECONDS: Final = 60.0
 SECONDS_WITH_PRECISION: Final = 600.0
@@ -102,12 +102,12 @@ class Slices(click.ParamType):
               help="End as soon as the 95 % interval of the loss at 1 ms slices is no wider than ± P percent of guest "
                    "work, such as 0.2%.")
 @click.option("--slices", "slices_ns", type=Slices(), default=None, metavar="MS,MS..",
-              help="Slice lengths of the blocks in milliseconds [default: 0.5,1,2,4].")
+              help="Slice lengths of the blocks in milliseconds [default: 0.5,1,2].")
 @click.option("--cpu", type=click.IntRange(min=0), default=None, metavar="N",
               help="Host CPU of the built-in guests [default: the highest-numbered].")
 @click.option("--guest", type=click.Choice(GUESTS), default=GUESTS[0], show_default=True,
               help="What the built-in guests do.")
-@click.option("--working-set", type=Size(), default="256K", show_default=True, metavar="SIZE",
+@click.option("--working-set", type=Size(), default="64K", show_default=True, metavar="SIZE",
               help="Memory that each randmem guest works in. Where the VMs' sets do not fit the L2 cache, the caches' "
                    "cost is measured, which is not one of modes.")
 @click.option("--dispatch", type=click.Choice(["auto", "precise", "gentle"]), default="auto", show_default=True,

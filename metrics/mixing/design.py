@@ -32,6 +32,7 @@ from .slices import Block, Kind
 __all__ = ["BLOCK_NS", "CONDITIONS", "LEAST_SLICE_NS", "SEQUENCES", "Roles", "Run", "random_order", "rounds", "runs"]
 
 BLOCK_NS: Final = 120_000_000
+LEAST_SLICES: Final = 60             # of a block: else too few are left once those around breaths are out
 LEAST_SLICE_NS: Final = 250_000
 CONDITIONS: Final[tuple[Kind, ...]] = ("mixed", "mixed-swapped", "batched", "batched-swapped", "solo")
 
@@ -73,7 +74,7 @@ def random_order(rng: np.random.Generator, roles: Roles, length: int) -> list[in
 
 def runs(block: Block, roles: Roles, rng: np.random.Generator) -> list[Run]:
     """What a block asks of the dispatcher."""
-    length = max(8, round(BLOCK_NS / block.slice_ns))
+    length = max(LEAST_SLICES, round(BLOCK_NS / block.slice_ns))
     if block.kind == "random":
         return [Run(tuple(random_order(rng, roles, length)), 1)]
     cycles = SEQUENCES[block.kind](roles)

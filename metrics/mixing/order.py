@@ -5,11 +5,11 @@ touched: whatever disturbs the host disturbs slices after either mode alike. For
 
     rate = r (1 - lost / run),   lost = switch + cross [predecessor of the other mode] + refill(reuse distance)
 
-with the steady rate r of that VM in that block. Each VM is fitted by itself, with its blocks' levels absorbed, so a
-drift of the host or a change of its clock speed costs nothing. `cross` of a hardware VM is (h|s - h|h), of a software
-VM (s|h - s|s), read "current | previous"; the *cost of a crossing* is their mean, the interaction [(h|s - h|h) + (s|h
-- s|s)] / 2. The mean matters: what leaving a VM costs is charged to its successor, so the two alone can shift against
-each other.
+with the steady rate r of that VM at that time. Each VM is fitted by itself, with its level in every `LEVEL_NS`
+absorbed, so a drift of the host or a change of its clock speed costs nothing. `cross` of a hardware VM is (h|s -
+h|h), of a software VM (s|h - s|s), read "current | previous"; the *cost of a crossing* is their mean, the interaction
+[(h|s - h|h) + (s|h - s|s)] / 2. The mean matters: what leaving a VM costs is charged to its successor, so the two alone
+can shift against each other.
 
 Noise of a shared host is heavy-tailed (an interrupt, a neighbour), so residuals are clipped (Huber's
 M-estimator, by pseudo-values), and errors are clustered by block: neighbouring slices need not be independent.
@@ -40,6 +40,7 @@ DISTANCES: Final = (3, 4, 5, 6)      # each has its own refill; the last stands 
 CLIP: Final = 1.5                    # of the residuals' scale
 ROUNDS: Final = 30
 LEAST_SPREAD: Final = 0.02           # standard deviation within blocks of a column of zeros and ones
+LEVEL_NS: Final = 40_000_000         # shorter costs freedoms, longer lets the host's moods in (each a tenth of width)
 FEWEST_BLOCKS: Final = 8
 FEWEST_SLICES: Final = 40            # of one VM
 _NORMAL_MAD: Final = 1.4826
@@ -60,6 +61,15 @@ class OrderEstimate:
     blocks: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """What slices have in common: errors within a block, a level within a part of it."""
+
+    block: Ints
+    blocks: int
+    level: Ints
+
+
 @dataclass(slots=True)
 class _Fit:
     """One VM: coefficients, and for each what every block adds to its error."""
@@ -75,17 +85,20 @@ def estimate_order(recording: Recording) -> OrderEstimate | None:
     used = offered & clean(recording.slices)
     distance = reuse_distance(recording.slices)[used]
     slices = recording.slices.take(used)
-    _, block = np.unique(slices.block, return_inverse=True)
+    _, first, block = np.unique(slices.block, return_index=True, return_inverse=True)
     blocks = int(block.max()) + 1 if len(block) else 0
     if blocks < FEWEST_BLOCKS:
         return None
+    since = (slices.start_ns - slices.start_ns[first][block]) // LEVEL_NS
+    _, level = np.unique(np.stack([block, since]), axis=1, return_inverse=True)
+    group = _Groups(block.astype(np.int64), blocks, level.ravel().astype(np.int64))
     hardware = recording.modes()
     fits: dict[Mode, list[_Fit]] = {"hardware": [], "software": []}
     for vm, described in enumerate(recording.vms):
         mine = slices.vm == vm
         if np.count_nonzero(mine) < FEWEST_SLICES:
             return None
-        fits[described.mode].append(_fit(slices, mine, vm, hardware, distance, block.astype(np.int64), blocks))
+        fits[described.mode].append(_fit(slices, mine, vm, hardware, distance, group))
     if not all(fits.values()):
         return None
 
@@ -120,9 +133,11 @@ def estimate_order(recording: Recording) -> OrderEstimate | None:
 
 
 def _fit(
-    slices: Slices, mine: Bools, vm: int, hardware: Bools, distance: Ints, block: Ints, blocks: int,
+    slices: Slices, mine: Bools, vm: int, hardware: Bools, distance: Ints, groups: _Groups,
 ) -> _Fit:
-    previous, run, group = slices.previous[mine], slices.run_ns[mine].astype(float), block[mine]
+    previous, run = slices.previous[mine], slices.run_ns[mine].astype(float)
+    block, blocks = groups.block[mine], groups.blocks
+    group, levels = groups.level[mine], int(groups.level.max()) + 1
     known = previous >= 0
     switched = known & (previous != vm)
     cross = switched & (hardware[previous] != hardware[vm])
@@ -133,14 +148,14 @@ def _fit(
     y = rate / np.median(rate)
     which = np.stack(columns, axis=1)
     # Without slices that went on, or that came after the same mode, a column never changes: it tells nothing.
-    told = _demean(which, group, blocks).std(axis=0) > LEAST_SPREAD
+    told = _demean(which, group, levels).std(axis=0) > LEAST_SPREAD
     design = -which / run[:, None]
-    x = _demean(design, group, blocks)[:, told]
+    x = _demean(design, group, levels)[:, told]
     beta = np.zeros(x.shape[1])
     if x.shape[1]:
-        beta, psi, slope = _huber(x, y, group, blocks)
+        beta, psi, slope = _huber(x, y, group, levels)
         bread = np.linalg.pinv(x.T @ x) / max(slope, 0.05)
-        scores = np.stack([np.bincount(group, x[:, k] * psi, blocks) for k in range(x.shape[1])], axis=1)
+        scores = np.stack([np.bincount(block, x[:, k] * psi, blocks) for k in range(x.shape[1])], axis=1)
         influence = scores @ bread
     else:
         influence = np.zeros((blocks, 0))

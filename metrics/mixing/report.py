@@ -165,8 +165,8 @@ def _notes(analysis: Analysis) -> tuple[str, ...]:
     if about.get("placebo"):
         notes.append("This was a placebo: all four VMs ran in the same mode, so the right answer is nothing.")
     if blocks is None and analysis.order is not None:
-        notes.append("The blocks have too few whole replicates to say anything, so nothing checks the figure but its own "
-                     "null: measure longer.")
+        notes.append("The blocks have too few whole replicates to say anything, so nothing checks the figure but its "
+                     "own null: measure longer.")
     if blocks is not None and blocks.line is not None and not blocks.line.intercept.includes(0.0, CHECKED_AT):
         notes.append(
             "The loss does not go to zero with the number of switches (intercept "
