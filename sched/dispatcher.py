@@ -450,7 +450,7 @@ class Dispatcher:
         self._enter(vcpu, now)
         words[base + _HAVE] = self._settings.cpu
         try:
-            vcpu.clock = kernel.run_clock(pid, tid)
+            vcpu.clock = kernel.run_clock(pid, tid, alone=not words[base + SLOT_FIELDS["siblings"]])
             if not self._settings.floats:
                 kernel.pin(tid, (self._settings.cpu,))
             if new:

@@ -89,7 +89,7 @@ class Ledger:
         except (OSError, ValueError):
             return               # it has ended; the last figures stand
         vcpu.wait_ns = wait
-        if several and thread.pid == thread.tid:
+        if several and thread.pid == thread.tid and not thread.siblings:
             # A running thread's figure may be old, which must not look like emulator time.
             emulator = self._table.word(vcpu, "charged_ns") - run - TICK_NS
             vcpu.emulator_ns = max(vcpu.emulator_ns, emulator)

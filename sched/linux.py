@@ -112,14 +112,14 @@ class Kernel:
     that a dispatcher still has.
     """
 
-    def run_clock(self, pid: int, tid: int) -> RunClock:
+    def run_clock(self, pid: int, tid: int, *, alone: bool = True) -> RunClock:
         """Total CPU time of a vCPU, exact for one that is not running now.
 
-        Where the vCPU is its process's first thread it is the process's CPU clock: everything
-        that the VM received, in all its threads, for half the price of /proc. FileNotFoundError
-        and ProcessLookupError mean an ended thread.
+        Where the vCPU is the only one of its process, and its first thread, it is the process's CPU
+        clock: everything that the VM received, in all its threads, for half the price of /proc.
+        FileNotFoundError and ProcessLookupError mean an ended thread.
         """
-        if pid == tid:
+        if pid == tid and alone:
             return _ProcessClock(pid)
         return _ThreadClock(pid, tid)
 

@@ -162,7 +162,9 @@ class Planner:
         changed = False
         moves: list[tuple[Vcpu, int]] = []
         for vcpu in vcpus:
-            cap = round(vcpu.cap * ONE_CPU) if vcpu.cap < len(self._cpus) else 0
+            # A VM's cap is divided among those of its vCPUs that compete; one vCPU uses at most one CPU.
+            cap, most = vcpu.cap / max(1, count[vcpu.vm]), 1 if vcpu.thread.siblings else len(self._cpus)
+            cap = round(cap * ONE_CPU) if cap < most else 0
             rate = placement.rate.get(vcpu.slot) or nominal[vcpu.vm]
             for name, value in (("rate", round(max(rate, LOWEST_RATE) * ONE_CPU)), ("cap", cap),
                                 ("latency", LATENCIES.index(vcpu.latency))):

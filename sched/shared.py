@@ -109,7 +109,8 @@ SLOT_FIELDS, _used = _number((
     "want_cpu",         # host CPU or NOBODY
     "rate", "cap",      # 1e-9 of a host CPU; cap 0 = none
     "latency",          # index in model.LATENCIES
-    ("reserved", 6),
+    "siblings",         # how many other vCPUs the VM has
+    ("reserved", 5),
     # The owner's words: the dispatcher `have_cpu`.
     "have_cpu",         # host CPU or NOBODY
     "owned_generation", # the admission that the words below belong to

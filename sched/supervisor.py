@@ -95,7 +95,7 @@ class Scheduler:
             send_parcel=self._crew.send_parcel, split=self._tell_split)
         self._lender = Lender(self._table, self._planner, self._crew, self._plan)
         self._recorder = FlightRecorder(self._cpus)
-        self._past: dict[str, VcpuFigures] = {}
+        self._past: dict[str, list[VcpuFigures]] = {}      # of each vCPU, after the release
         self._final: SchedulerStatistics | None = None     # after `run` has ended
 
     @property
@@ -157,10 +157,14 @@ class Scheduler:
         if table.full:
             raise AdmissionRefused(
                 f"VM {thread.vm!r}: all {shared.slots} places of the scheduler's table are taken")
+        if thread.siblings and self._crew.kind == "signal":
+            raise AdmissionRefused(
+                f"VM {thread.vm!r} has {thread.siblings + 1} vCPUs, and dispatch = \"signal\" stops whole processes:"
+                " use precise, gentle or plain ([host] dispatch), or give it one vCPU")
         others = [d for d in self._planner.demands(everyone=True, confined=False)
                   if d.vm != thread.vm]
         refusal = admit([*others, VmDemand(
-            vm=thread.vm, weight=thread.weight, vcpus=thread.index + 1, cpus=thread.cpus,
+            vm=thread.vm, weight=thread.weight, vcpus=thread.siblings + 1, cpus=thread.cpus,
             cap=thread.cap, reservation=thread.reservation)], self._cpus)
         if refusal is not None:
             raise AdmissionRefused(refusal)
@@ -168,7 +172,8 @@ class Scheduler:
             self._recorder.name(table.put(thread).generation, thread.vm)
         except OSError as error:
             raise AdmissionRefused(f"VM {thread.vm!r}: its process has ended") from error
-        self._past.pop(thread.vm, None)
+        if thread.index == 0:
+            self._past.pop(thread.vm, None)
         await self._plan()
 
     async def release(self, vm: str) -> None:
@@ -188,7 +193,7 @@ class Scheduler:
                     continue                       # another release was faster
                 self._account()
                 self._ledger.read_proc(vcpu)
-                self._past[vm] = self._ledger.figures(vcpu)
+                self._past.setdefault(vm, []).append(self._ledger.figures(vcpu))
                 self._table.forget(vcpu)
             if mine:
                 await self._plan()
@@ -390,7 +395,14 @@ class Scheduler:
         vcpu = self._table.get(vm)
         if vcpu is not None and self._shared is not None:
             return self._ledger.figures(vcpu)
-        return self._past.get(vm)
+        return next(iter(self._past.get(vm, ())), None)
+
+    def figures_of(self, vm: str) -> Sequence[VcpuFigures]:
+        """The vCPUs of a VM in the order of their admission; after its release the last state; none: unknown here."""
+        vcpus = self._table.of(vm)
+        if vcpus and self._shared is not None:
+            return [self._ledger.figures(vcpu) for vcpu in vcpus]
+        return self._past.get(vm, ())
 
     def _cpu_figures(self, shared: Shared, host: Host) -> CpuFigures:
         return host.account.figures(

@@ -38,7 +38,8 @@ class VcpuThread:
     reservation: float = 0.0
     latency: str = LATENCY_DEFAULT
     cpus: frozenset[int]
-    status_fd: int | None = None     # vm/worker/status.py
+    siblings: int = 0                # other vCPUs of the VM: threads of the same process
+    status_fd: int | None = None     # vm/worker/status.py; None: the kernel knows when it sleeps
     progress_fd: int | None = None
     progress_offset: int = 0         # of a 64-bit counter
 
@@ -137,7 +138,8 @@ class Table:
             ("pid", thread.pid), ("tid", thread.tid), ("start_ticks", started or 0),
             ("mode", MODES.index(thread.mode)), ("want_cpu", NOBODY), ("have_cpu", NOBODY),
             ("rate", 1), ("cap", round(thread.cap * ONE_CPU)),
-            ("latency", LATENCIES.index(thread.latency)), ("flags", ACTIVE), ("generation", self._generation),
+            ("latency", LATENCIES.index(thread.latency)), ("siblings", thread.siblings), ("flags", ACTIVE),
+            ("generation", self._generation),
         ):
             self.set(vcpu, name, value)
         self.shared.set("used_slots", max(self.shared.get("used_slots"), slot + 1))

@@ -34,7 +34,7 @@ from ..metrics.snapshot import (
     ServiceSnapshot,
     Snapshot,
 )
-from ..sched.accounts import HistogramFigures, SchedulerStatistics
+from ..sched.accounts import HistogramFigures, SchedulerStatistics, VcpuFigures
 from ..sched.recorder import PackedRecording
 from ..sched.supervisor import DispatchRefused, Scheduler
 from ..vm.guests import BUILTIN, pokes
@@ -69,7 +69,8 @@ DRAIN_SECONDS: Final = 1.2       # for all VMs together; who has not ended by th
 def worker_spec(vm: VmConfig, decision: ModeDecision, *, sandbox: bool) -> WorkerSpec:
     """What the worker of this VM is told. Raises ServiceError for a guest that is not there."""
     common: dict[str, Any] = {
-        "name": vm.name, "engine": decision.engine, "memory_bytes": vm.memory, "sandbox": sandbox}
+        "name": vm.name, "engine": decision.engine, "memory_bytes": vm.memory, "vcpus": vm.vcpus,
+        "sandbox": sandbox}
     boot = vm.boot
     if isinstance(boot, DiskBoot):
         return WorkerSpec(**common, boot="disk")
@@ -327,9 +328,9 @@ class Service:
         return {m.name: m.decision for m in self._machines.values() if m.phase is Phase.RUNNING}
 
     def _placed(self, name: str) -> tuple[int, ...]:
-        """The host CPU of a VM now, if it has one."""
-        figures = self._scheduler.figures(name) if self._scheduler else None
-        return () if figures is None or figures.cpu is None else (figures.cpu,)
+        """The host CPUs of a VM's vCPUs now."""
+        figures = self._scheduler.figures_of(name) if self._scheduler else ()
+        return tuple(sorted({one.cpu for one in figures if one.cpu is not None}))
 
     # -- Backend --------------------------------------------------------------------------
 
@@ -416,7 +417,9 @@ class Service:
     def _picture(self) -> Snapshot:
         facts = self.facts
         statistics = self._scheduler.statistics() if self._scheduler else None
-        figures = {f.vm: f for f in statistics.vcpus if f.index == 0} if statistics else {}
+        figures: dict[str, list[VcpuFigures]] = {}
+        for one in statistics.vcpus if statistics else ():
+            figures.setdefault(one.vm, []).append(one)
         return Snapshot(
             taken_unix_s=time.time(), monotonic_ns=time.monotonic_ns(),
             service=ServiceSnapshot(

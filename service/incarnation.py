@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import trio
 
@@ -50,6 +50,7 @@ class Incarnation:
         self.ending: Ending | None = None
         self.legacy: dict[str, dict[str, Any]] = {}   # `screen` and `serial` of a guest that has ended
         self.ended = trio.Event()          # the worker said how its guest ended, or is gone
+        self.threads: list[int] = []       # of the vCPUs, once started; the kernel knows whether they are the child's
         self._announced = trio.Event()     # started or failed
         self._gone = trio.Event()          # the process has ended
         self._fds: list[int] = []
@@ -125,6 +126,7 @@ class Incarnation:
     def _heard(self, packet: dict[str, Any]) -> None:
         event = packet["event"]
         if event == "started" and not self._announced.is_set():
+            self.threads = self._vcpu_threads(packet.get("threads"))
             self._announced.set()
         elif event == "failed":
             self.ending = parse_ending({"fate": "failed", "code": packet.get("code", "start"),
@@ -138,6 +140,17 @@ class Incarnation:
             self.ended.set()
         else:
             raise Nonsense(f"an unexpected event {harmless(event)[:40]!r}")
+
+    def _vcpu_threads(self, told: object) -> list[int]:
+        """A claim of the worker's: as many different threads as there are vCPUs, its first one first."""
+        child, _link = self._live()
+        if self.spec.vcpus == 1:
+            return [child.pid]
+        threads = cast("list[object]", told) if isinstance(told, list) else []
+        numbers = [thread for thread in threads if type(thread) is int and 0 < thread < 1 << 31]
+        if len(numbers) != len(threads) or len(set(numbers)) != self.spec.vcpus or numbers[0] != child.pid:
+            raise Nonsense(f"it has {self.spec.vcpus} vCPUs and names other threads")
+        return numbers
 
     async def wait_started(self) -> None:
         """Return when the guest runs (or has run). Raises StartFailed."""

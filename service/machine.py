@@ -18,8 +18,9 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Any, Final, Literal
 
 import structlog
@@ -68,17 +69,26 @@ class MachineContext:
 
 
 @dataclass(slots=True)
-class Totals:
-    """Counters of one incarnation, or summed over those that have ended."""
+class VcpuTotals:
+    """What is counted for each vCPU."""
 
     run_ns: int = 0
     wait_ns: int = 0
     halted_ns: int = 0
+    slices: int = 0
+    migrations: int = 0
+
+    def plus(self, other: VcpuTotals) -> VcpuTotals:
+        return VcpuTotals(*(getattr(self, name) + getattr(other, name) for name in VCPU_COUNTERS))
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters of one incarnation, or summed over those that have ended."""
+
     entitled_ns: int = 0
     leak_ns: int = 0
     emulator_ns: int = 0
-    slices: int = 0
-    migrations: int = 0
     exit_handling_ns: int = 0
     serial_bytes: int = 0
     serial_dropped_bytes: int = 0
@@ -87,10 +97,12 @@ class Totals:
     block_written_bytes: int = 0
     progress: int = 0
     exits: list[int] = field(default_factory=lambda: [0] * len(EXIT_KINDS))
+    vcpus: list[VcpuTotals] = field(default_factory=list["VcpuTotals"])
 
     def plus(self, other: Totals) -> Totals:
         total = Totals(*(getattr(self, name) + getattr(other, name) for name in COUNTERS))
         total.exits = [a + b for a, b in zip(self.exits, other.exits, strict=True)]
+        total.vcpus = [a.plus(b) for a, b in zip_longest(self.vcpus, other.vcpus, fillvalue=VcpuTotals())]
         return total
 
 
@@ -105,7 +117,8 @@ class _Life:
         self.refusal: ServiceError | None = None     # why it never ran, once settled
 
 
-COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name != "exits")   # in the order of the fields
+COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name not in ("exits", "vcpus"))   # in the fields' order
+VCPU_COUNTERS: Final = tuple(f.name for f in fields(VcpuTotals))
 
 
 class Machine:
@@ -350,19 +363,24 @@ class Machine:
                                     "of being killed: the kernel holds it", "worker-stuck")
 
     async def _introduce(self, one: Incarnation, life: _Life) -> None:
-        """Wait for the guest to run, then let the scheduler have its thread."""
+        """Wait for the guest to run, then let the scheduler have its threads."""
         assert one.child is not None
         progress = self.config.progress
         try:
             await one.wait_started()
-            if life.stop.is_set() or one.ended.is_set():
-                return
-            await self._context.scheduler.admit(VcpuThread(
-                vm=self.name, index=0, pid=one.child.pid, tid=one.child.pid, pidfd=one.child.pidfd,
-                mode=self.decision.mode, weight=self.config.weight, cap=self.config.cap / 100,
-                reservation=self.config.reservation / 100, latency=self.config.latency, cpus=self.cpus,
-                status_fd=one.status_fd,
-                progress_fd=one.memory_fd if progress is not None else None, progress_offset=progress or 0))
+            several = len(one.threads) > 1
+            for index, thread in enumerate(one.threads):
+                if life.stop.is_set() or one.ended.is_set():
+                    return
+                # The counter is the VM's, and told once. Where there are several vCPUs a halted one sleeps in the
+                # kernel, which the status page does not know.
+                await self._context.scheduler.admit(VcpuThread(
+                    vm=self.name, index=index, pid=one.child.pid, tid=thread, pidfd=one.child.pidfd,
+                    mode=self.decision.mode, weight=self.config.weight, cap=self.config.cap / 100,
+                    reservation=self.config.reservation / 100, latency=self.config.latency, cpus=self.cpus,
+                    siblings=len(one.threads) - 1, status_fd=None if several else one.status_fd,
+                    progress_fd=one.memory_fd if progress is not None and index == 0 else None,
+                    progress_offset=progress or 0))
         except (ServiceError, OSError, ValueError) as error:
             if one.ending is None:
                 one.ending = Ending("failed", str(error), "start")
@@ -410,7 +428,7 @@ class Machine:
             if one.child is not None:
                 with trio.move_on_after(BURY_SECONDS):
                     await one.conclude()
-                self._past = self._past.plus(self._totals_of(one, scheduler.figures(self.name)))
+                self._past = self._past.plus(self._totals_of(one, scheduler.figures_of(self.name)))
                 self._incarnations += 1
             if one.legacy:
                 self._legacy = one.legacy
@@ -513,19 +531,23 @@ class Machine:
 
     # -- counters -------------------------------------------------------------------------
 
-    def _totals_of(self, one: Incarnation, figures: VcpuFigures | None) -> Totals:
+    def _totals_of(self, one: Incarnation, figures: Sequence[VcpuFigures]) -> Totals:
         page = one.status
+        count = self.spec.vcpus
         totals = Totals(
-            halted_ns=page.get("sleeping_ns"), exit_handling_ns=page.get("exit_handling_ns"),
+            exit_handling_ns=page.get("exit_handling_ns"),
             serial_bytes=page.get("serial_bytes"), serial_dropped_bytes=page.get("serial_dropped_bytes"),
             bios_calls=page.get("bios_calls"), block_read_bytes=page.get("disk_read_bytes"),
             block_written_bytes=page.get("disk_written_bytes"), progress=one.progress() or 0,
-            exits=page.exits.tolist())
-        if figures is not None:
-            totals.run_ns, totals.wait_ns = figures.run_ns, figures.wait_ns
-            totals.entitled_ns, totals.leak_ns = figures.entitled_ns, figures.leak_ns
-            totals.emulator_ns = figures.emulator_ns
-            totals.slices, totals.migrations = figures.slices, figures.migrations
+            exits=page.exits.tolist() if count == 1 else page.exits_of_all(count),
+            vcpus=[VcpuTotals() for _ in range(count)])
+        totals.vcpus[0].halted_ns = page.get("sleeping_ns")
+        for of in figures:
+            vcpu = totals.vcpus[of.index]
+            vcpu.run_ns, vcpu.wait_ns, vcpu.slices, vcpu.migrations = of.run_ns, of.wait_ns, of.slices, of.migrations
+            totals.entitled_ns += of.entitled_ns
+            totals.leak_ns += of.leak_ns
+            totals.emulator_ns += of.emulator_ns
         return totals
 
     def status_word(self, name: str) -> int:
@@ -534,16 +556,17 @@ class Machine:
             raise Conflict(f"{self.name} is {self.phase.value}")
         return self._live_one.status.get(name)
 
-    def snapshot(self, figures: VcpuFigures | None = None) -> VmSnapshot:
+    def snapshot(self, figures: Sequence[VcpuFigures] | None = None) -> VmSnapshot:
         """The VM now; `figures` are the scheduler's, where the caller has them at hand."""
         one = self._live_one
         if figures is None:
-            figures = self._context.scheduler.figures(self.name)
+            figures = self._context.scheduler.figures_of(self.name)
         total = self._past
         if one is not None:
             now = self._totals_of(one, figures)
             total = now if self._incarnations == 0 else self._past.plus(now)
         config, decision = self.config, self.decision
+        places = {of.index: of.cpu for of in figures}
         return VmSnapshot(
             id=self.name, name=self.name, state=self.phase.value, state_reason=self.reason,
             engine=decision.engine, mode=decision.mode, mode_rule=decision.rule, mode_reason=decision.reason,
@@ -552,11 +575,12 @@ class Machine:
             memory_bytes=config.memory, resident_bytes=one.resident_bytes() if one else 0,
             pid=one.child.pid if one and one.child else None,
             started_unix_s=self.started_unix_s if one else None, restarts=self.restarts,
-            vcpus=(VcpuSnapshot(
-                index=0, cpu=figures.cpu if figures else None, run_ns=total.run_ns, wait_ns=total.wait_ns,
-                halted_ns=total.halted_ns, migrations=total.migrations, slices=total.slices),),
-            entitled_ns=total.entitled_ns, entitled_share=figures.entitled_share if figures else 0.0,
-            lag_ns=figures.lag_ns if figures else 0, leak_ns=total.leak_ns, emulator_ns=total.emulator_ns,
+            vcpus=tuple(VcpuSnapshot(
+                index=index, cpu=places.get(index), run_ns=vcpu.run_ns, wait_ns=vcpu.wait_ns,
+                halted_ns=vcpu.halted_ns, migrations=vcpu.migrations, slices=vcpu.slices)
+                for index, vcpu in enumerate(total.vcpus or [VcpuTotals() for _ in range(config.vcpus)])),
+            entitled_ns=total.entitled_ns, entitled_share=sum(of.entitled_share for of in figures),
+            lag_ns=sum(of.lag_ns for of in figures), leak_ns=total.leak_ns, emulator_ns=total.emulator_ns,
             progress=total.progress if config.progress is not None else None,
             exits=dict(zip(EXIT_KINDS, total.exits, strict=True)), exit_handling_ns=total.exit_handling_ns,
             serial_bytes=total.serial_bytes, serial_dropped_bytes=total.serial_dropped_bytes,

@@ -80,7 +80,7 @@ class EngineLimit:
 
 
 ENGINE_LIMITS: Final[Mapping[EngineName, EngineLimit]] = {
-    "kvm": EngineLimit(1, frozenset({"x86"}), "the kvm engine runs one vCPU in this version"),
+    "kvm": EngineLimit(16, frozenset({"x86"}), "the kvm engine runs at most 16 vCPUs a VM"),
     "software": EngineLimit(1, frozenset({"x86"}), "the software engine (Unicorn) runs one vCPU"),
 }
 

@@ -394,7 +394,7 @@ class SimulatedKernel:
         self._machine = machine
         self._threads = machine.threads
 
-    def run_clock(self, pid: int, tid: int) -> _Clock:
+    def run_clock(self, pid: int, tid: int, *, alone: bool = True) -> _Clock:
         return _Clock(self._threads[tid])
 
     def set_class(self, tid: int, policy: int, parameters: os.sched_param) -> None:

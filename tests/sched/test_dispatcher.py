@@ -67,7 +67,7 @@ class FakeKernel:
         thread.calls += 1
         return thread
 
-    def run_clock(self, pid: int, tid: int) -> FakeClock:
+    def run_clock(self, pid: int, tid: int, *, alone: bool = True) -> FakeClock:
         return FakeClock(self._thread(tid))
 
     def set_class(self, tid: int, policy: int, parameters: os.sched_param) -> None:

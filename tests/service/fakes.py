@@ -196,6 +196,9 @@ class FakeScheduler:
     def figures(self, vm: str) -> None:
         return None
 
+    def figures_of(self, vm: str) -> tuple[()]:
+        return ()
+
 
 class Lab:
     """One VM named `one`, its surroundings, and what happened in order."""

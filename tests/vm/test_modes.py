@@ -23,6 +23,7 @@ from mixvisor.vm.modes import (
     plan,
     rules_table,
 )
+from mixvisor.vm.worker.status import VCPUS_MAX
 
 VTX = ModeHost("vt-x", True)
 AMDV = ModeHost("amd-v", True)
@@ -104,13 +105,20 @@ def test_an_engine_that_contradicts_the_mode_is_refused() -> None:
     assert decided(VTX, vm(mode="software", engine="kvm")) == {"a": ("refused", "contradiction")}
 
 
-@pytest.mark.parametrize("mode", ["auto", "software", "hardware"])
-def test_more_vcpus_than_an_engine_runs_are_refused_with_its_limit(mode: str) -> None:
-    answer = one(VTX, mode=mode, vcpus=2)
+@pytest.mark.parametrize(("mode", "vcpus", "limit", "remedy"), [
+    ("software", 2, "one vCPU", "Write vcpus = 1."), ("hardware", 17, "at most 16 vCPUs", "Write vcpus = 16 or less."),
+    ("auto", 17, "at most 16 vCPUs", "Write vcpus = 16 or less.")])
+def test_more_vcpus_than_an_engine_runs_are_refused_with_its_limit(
+        mode: str, vcpus: int, limit: str, remedy: str) -> None:
+    answer = one(VTX, mode=mode, vcpus=vcpus)
     assert isinstance(answer, ModeRefusal)
     assert answer.rule == "engine-limit"
-    assert "one vCPU" in answer.reason
-    assert answer.remedy == "Write vcpus = 1."
+    assert limit in answer.reason
+    assert answer.remedy == remedy
+
+
+def test_the_kvm_engine_is_said_to_run_as_many_vcpus_as_a_worker_does() -> None:
+    assert ENGINE_LIMITS["kvm"].vcpus == VCPUS_MAX
 
 
 @pytest.mark.parametrize("mode", ["auto", "software", "hardware"])

@@ -47,7 +47,8 @@ FIELDS: Final = {
 }
 EXITS_OFFSET: Final = 512
 EXITS_BYTES: Final = 128                 # of each vCPU: its counters, and room
-VCPUS_MAX: Final = (STATUS_SIZE - EXITS_OFFSET) // EXITS_BYTES
+VCPUS_MAX: Final = 16
+assert EXITS_OFFSET + VCPUS_MAX * EXITS_BYTES <= STATUS_SIZE
 
 
 class StatusPage:
