@@ -581,7 +581,7 @@ class VmConfig(_Table):
         description="Width of the guest. Default: that of the built-in guest or flat image, 32 for a "
                     "multiboot kernel, else 16. A 64-bit guest needs hardware.")
     vcpus: Annotated[Whole, Between(1, 1024)] = Field(
-        default=1, description="Virtual CPUs. More than one needs hardware.")
+        default=1, description="Virtual CPUs. More than one needs hardware, and there are at most 16.")
     memory: Size = Field(
         default=16 * MIB, validate_default=True,
         description='Guest memory, such as "16M" or "640K": whole pages of 4K, at least 64K.')

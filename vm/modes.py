@@ -27,7 +27,7 @@ gets exactly one of a decision and a refusal, with the other mode and why not. N
 changes the mode of another, except that a refused VM binds nobody. Rule codes are stable: they are
 labels and JSON.
 
-Poor at: engines here are micro-VMs, so more than one vCPU and other architectures are refused until
+Poor at: engines here are micro-VMs, so several vCPUs in software and other architectures are refused until
 an engine can run them (ENGINE_LIMITS is the one place that says so). A flexible VM that can meet
 bound VMs of both modes takes the quicker one; that another choice would mix with fewer is not weighed.
 """
