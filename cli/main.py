@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "measure": ("measure", "measure"),
     "simulate": ("simulate", "simulate"),
     "scan": ("scan", "scan"),
+    "disk": ("disk", "disk"),
     "ps": ("show", "ps"),
     "top": ("show", "top"),
     "start": ("control", "start"),

@@ -31,6 +31,7 @@ from .snapshot import (
     RUN_LENGTH_BOUNDS_NS,
     STATES,
     CpuSnapshot,
+    DiskSnapshot,
     Histogram,
     Snapshot,
     VcpuSnapshot,
@@ -134,6 +135,14 @@ def _vm_info(snapshot: Snapshot) -> Iterator[Row]:
 def _vm_state(snapshot: Snapshot) -> Iterator[Row]:
     for vm in snapshot.vms:
         yield from _state_set(vm.state, STATES, (vm.id,))
+
+
+def _disks(value: Callable[[DiskSnapshot], int]) -> Callable[[Snapshot], Iterator[Row]]:
+    def rows(snapshot: Snapshot) -> Iterator[Row]:
+        for vm in snapshot.vms:
+            for drive, disk in vm.disks.items():
+                yield (vm.id, drive), float(value(disk))
+    return rows
 
 
 def _vm_exits(snapshot: Snapshot) -> Iterator[Row]:
@@ -300,12 +309,27 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mixvisor_vm_serial_dropped_bytes_total", "counter", ("vm",),
            "Serial bytes thrown away because the guest wrote faster than it may.",
            _vms(lambda vm: vm.serial_dropped_bytes)),
-    Family("mixvisor_vm_block_read_bytes_total", "counter", ("vm",),
-           "Bytes that the guest read from its disks.",
-           _vms(lambda vm: vm.block_read_bytes)),
-    Family("mixvisor_vm_block_write_bytes_total", "counter", ("vm",),
-           "Bytes that the guest wrote to its disks.",
-           _vms(lambda vm: vm.block_written_bytes)),
+    Family("mixvisor_vm_interrupts_total", "counter", ("vm",),
+           "Interrupts of devices that the guest took.",
+           _vms(lambda vm: vm.interrupts)),
+    Family("mixvisor_vm_timer_ticks_lost_total", "counter", ("vm",),
+           "Timer ticks given up because the VM was too far behind; its clock lags by as many.",
+           _vms(lambda vm: vm.timer_ticks_lost)),
+    Family("mixvisor_vm_block_read_bytes_total", "counter", ("vm", "device"),
+           "Bytes that the guest read, by drive (fda and fdb: floppies, hda and hdb: hard disks).",
+           _disks(lambda disk: disk.read_bytes)),
+    Family("mixvisor_vm_block_write_bytes_total", "counter", ("vm", "device"),
+           "Bytes that the guest wrote, by drive.",
+           _disks(lambda disk: disk.written_bytes)),
+    Family("mixvisor_vm_block_read_requests_total", "counter", ("vm", "device"),
+           "Reads that the guest asked for and got, by drive.",
+           _disks(lambda disk: disk.reads)),
+    Family("mixvisor_vm_block_write_requests_total", "counter", ("vm", "device"),
+           "Writes that the guest asked for and got, by drive.",
+           _disks(lambda disk: disk.writes)),
+    Family("mixvisor_vm_block_errors_total", "counter", ("vm", "device"),
+           "Reads and writes that the host could not do (a full file system, a bad medium), by drive.",
+           _disks(lambda disk: disk.errors)),
     Family("mixvisor_vm_memory_size_bytes", "gauge", ("vm",),
            "Memory that the guest sees, in bytes.",
            _vms(lambda vm: vm.memory_bytes)),

@@ -14,8 +14,8 @@ from typing import Final, Literal
 
 __all__ = [
     "DECISION_BOUNDS_NS", "LATENESS_BOUNDS_NS", "MODES", "RUN_LENGTH_BOUNDS_NS", "STATES", "CpuSnapshot",
-    "Histogram", "HostSnapshot", "Mode", "ModeAlternative", "SchedulerSnapshot", "ServiceSnapshot", "Snapshot",
-    "VcpuSnapshot", "VmSnapshot", "WarningSnapshot",
+    "DiskSnapshot", "Histogram", "HostSnapshot", "Mode", "ModeAlternative", "SchedulerSnapshot",
+    "ServiceSnapshot", "Snapshot", "VcpuSnapshot", "VmSnapshot", "WarningSnapshot",
 ]
 
 Mode = Literal["software", "hardware"]
@@ -62,6 +62,17 @@ class ModeAlternative:
     possible: bool               # it would run so, if the file said so
 
 
+@dataclass(frozen=True, slots=True)
+class DiskSnapshot:
+    """What a guest did with the disk in one drive, over all its starts."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    reads: int = 0
+    writes: int = 0
+    errors: int = 0              # the host could not do it
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmSnapshot:
     id: str                      # stable identity: the label `vm` (the name, unique in a configuration)
@@ -96,9 +107,10 @@ class VmSnapshot:
     serial_bytes: int
     serial_dropped_bytes: int
     bios_calls: int
-    block_read_bytes: int
-    block_written_bytes: int
+    interrupts: int              # of devices, taken by the guest
+    timer_ticks_lost: int        # given up: the VM was too far behind
     console: str                 # text, serial, none
+    disks: Mapping[str, DiskSnapshot] = field(default_factory=dict[str, "DiskSnapshot"])   # by drive: fda, hda
     mode_notes: tuple[str, ...] = ()                # what the mode goes against, sentences
     mode_alternatives: tuple[ModeAlternative, ...] = ()
 

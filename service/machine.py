@@ -19,7 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any, Final, Literal
 
@@ -27,7 +27,7 @@ import structlog
 import trio
 
 from ..config.model import VmConfig
-from ..metrics.snapshot import ModeAlternative, VcpuSnapshot, VmSnapshot
+from ..metrics.snapshot import DiskSnapshot, ModeAlternative, VcpuSnapshot, VmSnapshot
 from ..sched.accounts import VcpuFigures
 from ..sched.supervisor import AdmissionRefused, Scheduler, VcpuThread
 from ..vm.engines.base import EXIT_KINDS
@@ -35,6 +35,7 @@ from ..vm.lifecycle import ENDED, IllegalMove, Phase, Signal, decide_restart, mo
 from ..vm.modes import ModeDecision
 from ..vm.worker.devices.disk import DAMAGED
 from ..vm.worker.protocol import Ending, WorkerSpec
+from ..vm.worker.status import DISK_COUNTERS
 from .backend import Conflict, ServiceError, Unusable
 from .children import Zygote
 from .images import open_images
@@ -93,17 +94,25 @@ class Totals:
     serial_bytes: int = 0
     serial_dropped_bytes: int = 0
     bios_calls: int = 0
-    block_read_bytes: int = 0
-    block_written_bytes: int = 0
+    interrupts: int = 0
+    timer_ticks_lost: int = 0
     progress: int = 0
     exits: list[int] = field(default_factory=lambda: [0] * len(EXIT_KINDS))
     vcpus: list[VcpuTotals] = field(default_factory=list["VcpuTotals"])
+    disks: dict[str, DiskSnapshot] = field(default_factory=dict[str, DiskSnapshot])
 
     def plus(self, other: Totals) -> Totals:
         total = Totals(*(getattr(self, name) + getattr(other, name) for name in COUNTERS))
         total.exits = [a + b for a, b in zip(self.exits, other.exits, strict=True)]
         total.vcpus = [a.plus(b) for a, b in zip_longest(self.vcpus, other.vcpus, fillvalue=VcpuTotals())]
+        total.disks = {drive: _sum(self.disks.get(drive), other.disks.get(drive))
+                       for drive in self.disks | other.disks}
         return total
+
+
+def _sum(one: DiskSnapshot | None, other: DiskSnapshot | None) -> DiskSnapshot:
+    pairs = zip(astuple(one or DiskSnapshot()), astuple(other or DiskSnapshot()), strict=True)
+    return DiskSnapshot(*(a + b for a, b in pairs))
 
 
 class _Life:
@@ -117,7 +126,8 @@ class _Life:
         self.refusal: ServiceError | None = None     # why it never ran, once settled
 
 
-COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name not in ("exits", "vcpus"))   # in the fields' order
+# In the order of the fields.
+COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name not in ("exits", "vcpus", "disks"))
 VCPU_COUNTERS: Final = tuple(f.name for f in fields(VcpuTotals))
 
 
@@ -537,10 +547,12 @@ class Machine:
         totals = Totals(
             exit_handling_ns=page.get("exit_handling_ns"),
             serial_bytes=page.get("serial_bytes"), serial_dropped_bytes=page.get("serial_dropped_bytes"),
-            bios_calls=page.get("bios_calls"), block_read_bytes=page.get("disk_read_bytes"),
-            block_written_bytes=page.get("disk_written_bytes"), progress=one.progress() or 0,
+            bios_calls=page.get("bios_calls"), interrupts=page.get("interrupts"),
+            timer_ticks_lost=page.get("timer_ticks_lost"), progress=one.progress() or 0,
             exits=page.exits.tolist() if count == 1 else page.exits_of_all(count),
-            vcpus=[VcpuTotals() for _ in range(count)])
+            vcpus=[VcpuTotals() for _ in range(count)],
+            disks={disk.name: DiskSnapshot(*(page.get(f"{disk.name}_{what}") for what in DISK_COUNTERS))
+                   for disk in one.images.disks})
         totals.vcpus[0].halted_ns = page.get("sleeping_ns")
         for of in figures:
             vcpu = totals.vcpus[of.index]
@@ -584,8 +596,8 @@ class Machine:
             progress=total.progress if config.progress is not None else None,
             exits=dict(zip(EXIT_KINDS, total.exits, strict=True)), exit_handling_ns=total.exit_handling_ns,
             serial_bytes=total.serial_bytes, serial_dropped_bytes=total.serial_dropped_bytes,
-            bios_calls=total.bios_calls, block_read_bytes=total.block_read_bytes,
-            block_written_bytes=total.block_written_bytes, console=config.console_kind, mode_notes=decision.notes,
+            bios_calls=total.bios_calls, interrupts=total.interrupts, timer_ticks_lost=total.timer_ticks_lost,
+            disks=total.disks, console=config.console_kind, mode_notes=decision.notes,
             mode_alternatives=tuple(ModeAlternative(mode=other.mode, rule=other.rule, why=other.why,
                                                     possible=other.possible) for other in decision.alternatives))
 

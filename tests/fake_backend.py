@@ -98,8 +98,8 @@ def make_vm(
         lag_ns=int(-error * SECOND), leak_ns=0, emulator_ns=0,
         progress=None if progress_rate is None else int(progress_rate * run / SECOND),
         exits={"io_out": int(seconds * 40), "kick": int(seconds * 25)}, exit_handling_ns=0,
-        serial_bytes=0, serial_dropped_bytes=0, bios_calls=0, block_read_bytes=0,
-        block_written_bytes=0, console=console,
+        serial_bytes=0, serial_dropped_bytes=0, bios_calls=0, interrupts=0,
+        timer_ticks_lost=0, console=console,
     )
 
 

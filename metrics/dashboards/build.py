@@ -380,9 +380,15 @@ def exits() -> list[Panel]:
               (top(by_vm(rate(of_vms("vm_serial_bytes_total")))), "{{vm}}"),
               (top(by_vm(rate(of_vms("vm_serial_dropped_bytes_total")))),
                "{{vm}}, dropped")),
+        graph("Interrupts", "Interrupts of devices that guests take, and timer ticks given up because a VM was too "
+              "far behind.", "ops",
+              (top(by_vm(rate(of_vms("vm_interrupts_total")))), "{{vm}}"),
+              (top(by_vm(rate(of_vms("vm_timer_ticks_lost_total")))), "{{vm}}, lost")),
         graph("Disks", "Bytes that guests read from and write to their disks.", "Bps",
-              (top(by_vm(rate(of_vms("vm_block_read_bytes_total")))), "{{vm}}, read"),
-              (top(by_vm(rate(of_vms("vm_block_write_bytes_total")))), "{{vm}}, written")),
+              (top(by("vm, device", rate(of_vms("vm_block_read_bytes_total")))), "{{vm}} {{device}}, read"),
+              (top(by("vm, device", rate(of_vms("vm_block_write_bytes_total")))), "{{vm}} {{device}}, written")),
+        graph("Disk errors", "Reads and writes that the host could not do.", "ops",
+              (top(by("vm, device", rate(of_vms("vm_block_errors_total")))), "{{vm}} {{device}}")),
     ]
 
 

@@ -12,6 +12,7 @@ from mixvisor.metrics.snapshot import (
     LATENESS_BOUNDS_NS,
     RUN_LENGTH_BOUNDS_NS,
     CpuSnapshot,
+    DiskSnapshot,
     Histogram,
     HostSnapshot,
     Mode,
@@ -70,7 +71,8 @@ def a_vm(name: str, t: float, *, state: str = "running", vcpus: int = 1) -> VmSn
         progress=int(WORK_PER_CPU_S[mode] * ran) if state == "running" else None,
         exits={"io_out": int(300 * ran), "halt": int(10 * t), "kick": int(200 * ran)},
         exit_handling_ns=ns(0.01 * ran), serial_bytes=int(80 * t), serial_dropped_bytes=int(3 * t),
-        bios_calls=int(18 * t), block_read_bytes=int(5120 * t), block_written_bytes=int(512 * t),
+        bios_calls=int(18 * t), interrupts=int(100 * t), timer_ticks_lost=int(t),
+        disks={"fda": DiskSnapshot(int(5120 * t), int(512 * t), int(10 * t), int(t), 0)},
         console="serial")
 
 

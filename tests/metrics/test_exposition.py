@@ -14,7 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from mixvisor.metrics.collector import SnapshotCollector
 from mixvisor.metrics.exposition import CONTENT_TYPE_TEXT, render
-from mixvisor.metrics.snapshot import Snapshot
+from mixvisor.metrics.snapshot import DiskSnapshot, Snapshot
 
 from .snapshots import a_vm, snapshot_at
 
@@ -63,7 +63,7 @@ def test_a_header_that_cannot_be_understood_is_answered_all_the_same(accept):
        bytes_read=st.integers(0, 2**64))
 def test_our_encoder_writes_what_prometheus_client_writes(reason, name, lag_ns, bytes_read):
     vm = replace(a_vm("alpha", 3.0), mode_reason=reason, name=name, lag_ns=lag_ns,
-                 block_read_bytes=bytes_read)
+                 disks={"hda": DiskSnapshot(bytes_read)})
     collector = kept(snapshot_at(3.0, vms=(vm,)))
     assert render(collector)[1] == text_format.generate_latest(collector)
     assert render(collector, PROMETHEUS)[1] == openmetrics.generate_latest(collector)

@@ -11,11 +11,13 @@ import pytest
 
 from mixvisor.vm.engines import kick
 from mixvisor.vm.worker.process import Worker
-from mixvisor.vm.worker.protocol import WorkerSpec
+from mixvisor.vm.worker.protocol import DiskSpec, WorkerSpec
 from mixvisor.vm.worker.status import STATUS_SIZE, Phase, StatusPage
 
 PROMPT = "A:\\>"
-VER = tuple(zip((0x2F, 0x12, 0x13, 0x1C), b"ver\r", strict=True))
+SCANS = {" ": 0x39, "\r": 0x1C, ".": 0x34, ":": 0x27, **{
+    letter: first + at for first, row in ((0x10, "qwertyuiop"), (0x1E, "asdfghjkl"), (0x2C, "zxcvbnm"))
+    for at, letter in enumerate(row)}}
 CALL_NS = 50_000          # what a BIOS call takes by the scripted clock
 PATIENCE_S = 240          # host time for a whole run on a loaded machine
 
@@ -50,14 +52,16 @@ class GuestClock:
 
 
 class Operator:
-    """In place of the control socket: types `ver` at the first idle prompt, stops at the second.
+    """In place of the control socket: types a command at each idle prompt, stops at the one behind the last.
 
     It acts only where the guest sleeps, which is the same point of the guest's life on every host;
     kicks by the timer come whenever they like and must change nothing.
     """
 
-    def __init__(self, clock):
+    def __init__(self, clock, commands):
         self.gone = False
+        self._commands = list(commands)
+        self._row = -1                        # of the prompt where something was typed last
         self.answers = []
         self._clock = clock
         self._requests = []
@@ -78,9 +82,12 @@ class Operator:
         column, row = screen.cursor
         at_prompt = screen.rows[row].rstrip() == PROMPT and column == len(PROMPT)
         # The first prompt shows up while AUTOEXEC.BAT still runs: the cleared screen is its end.
-        if at_prompt and not self.answers and row == 0:
-            self._requests.append({"id": 1, "op": "keys", "scancodes": VER})
-        elif at_prompt and self.answers == [1] and row > 1:
+        ready = at_prompt and (row > self._row if self.answers else row == 0)
+        if ready and self._commands:
+            codes = [(SCANS[letter], ord(letter)) for letter in self._commands.pop(0) + "\r"]
+            self._requests.append({"id": 1, "op": "keys", "scancodes": codes})
+            self._row = row
+        elif ready and len(self.answers):
             self._requests.append({"id": 2, "op": "stop"})
         elif seconds is None:
             raise AssertionError(f"the guest waits for a key elsewhere than at its prompt: {screen}")
@@ -97,8 +104,8 @@ class Life:
     guest_time_ns: int
 
 
-def boot_and_type_ver(engine, disk):
-    """A whole worker but for its socket and its sandbox, run to the end of `ver` in this process."""
+def boot_and_type(engine, disk, *commands, overlay_fd=None):
+    """A whole worker but for its socket and its sandbox, run to the end of the commands in this process."""
     kick.install()
     memory_bytes = 2 << 20
     memory = mmap.mmap(-1, memory_bytes)
@@ -107,9 +114,11 @@ def boot_and_type_ver(engine, disk):
     os.write(fds[1], disk)
     status = StatusPage(fds[0], writable=True)
     clock = GuestClock(status)
-    operator = Operator(clock)
-    spec = WorkerSpec(name="dos", engine=engine, memory_bytes=memory_bytes, boot="disk")
-    worker = Worker(spec, operator, memory, status, fds[1:], clock)
+    operator = Operator(clock, commands)
+    spec = WorkerSpec(name="dos", engine=engine, memory_bytes=memory_bytes, boot="disk",
+                      disks=[DiskSpec(name="fda", writable="no" if overlay_fd is None else "overlay")])
+    overlays = [] if overlay_fd is None else [overlay_fd]
+    worker = Worker(spec, operator, memory, status, [fds[1], *overlays], clock)
     operator.worker = worker
     try:
         ending = worker.live()
@@ -128,7 +137,7 @@ def boot_and_type_ver(engine, disk):
 @pytest.mark.kvm
 def test_freedos_answers_the_same_on_both_engines_with_the_same_bios_calls(guests):
     disk = image(guests, "freedos-1.4M.img")
-    software, hardware = (boot_and_type_ver(engine, disk) for engine in ("software", "kvm"))
+    software, hardware = (boot_and_type(engine, disk, "ver") for engine in ("software", "kvm"))
     assert any("FreeCom version" in row for row in software.screen)
     assert software.disk_read_bytes > 100_000
     assert len(software.trace) > 50
@@ -136,6 +145,25 @@ def test_freedos_answers_the_same_on_both_engines_with_the_same_bios_calls(guest
     assert software.trace == hardware.trace
     assert software.calls == hardware.calls
     assert software == hardware
+
+
+@pytest.mark.slow
+@pytest.mark.kvm
+def test_a_file_that_freedos_copies_is_the_same_on_both_engines_and_there_after_a_restart(guests):
+    disk = image(guests, "freedos-1.4M.img")
+    overlays = {engine: os.memfd_create(engine) for engine in ("software", "kvm")}
+    try:
+        lives = {engine: boot_and_type(engine, disk, "copy readme.txt kept.txt", overlay_fd=fd)
+                 for engine, fd in overlays.items()}
+        assert lives["software"] == lives["kvm"]
+        sizes = {os.fstat(fd).st_size for fd in overlays.values()}
+        assert len(sizes) == 1
+        assert len({os.pread(fd, max(sizes), 0) for fd in overlays.values()}) == 1
+        again = boot_and_type("software", disk, "dir kept.txt", overlay_fd=overlays["kvm"])
+        assert any("KEPT     TXT" in row for row in again.screen), again.screen
+    finally:
+        for fd in overlays.values():
+            os.close(fd)
 
 
 @pytest.mark.slow
