@@ -37,6 +37,8 @@ IDLE_SECONDS: Final = 0.2
 BUSY_POLLS: Final = 25              # this many polls at the quick rate after the last change
 ESCAPE_SECONDS: Final = 0.05        # an ESC followed by nothing for so long is a key
 KEYS_WAITING: Final = 4096
+BYTES_WAITING: Final = 1 << 20
+SERIAL_PIECE_BYTES: Final = 4096
 # The PC's colours are blue-green-red where a terminal's are red-green-blue.
 _COLOURS: Final = (0, 4, 2, 6, 1, 5, 3, 7)
 _CONTROLS: Final = dict.fromkeys([*range(32), 0x7F, *range(0x80, 0xA0)], " ")
@@ -173,17 +175,20 @@ def _sgr(attribute: int) -> str:
 def _serial(client: Client, name: str) -> None:
     offset = 0
     busy = BUSY_POLLS
+    waiting = b""
     while True:
-        data = _typed(BUSY_SECONDS if busy else IDLE_SECONDS)
+        data = _typed(BUSY_SECONDS if busy or waiting else IDLE_SECONDS)
         if data is None:
             return
-        if data:
-            before, leave, _after = data.partition(LEAVE)
-            if before:
-                client.serial_input(name, base64.b64encode(before).decode())
-            if leave:
-                return
+        before, leave, _after = data.partition(LEAVE)
+        # What the guest has no room for yet is offered again: a pasted page arrives as a whole.
+        waiting = (waiting + before)[:BYTES_WAITING]
+        if waiting:
+            sent = waiting[:SERIAL_PIECE_BYTES]
+            waiting = waiting[client.serial_input(name, base64.b64encode(sent).decode()):]
             busy = BUSY_POLLS
+        if leave:
+            return
         answer = client.serial(name, offset)
         output = base64.b64decode(answer["data"])
         offset = answer["offset"] + len(output)

@@ -83,8 +83,9 @@ class Client:
     def serial(self, name: str, offset: int) -> dict[str, Any]:
         return self._call("GET", _vm(name, f"serial?offset={offset}"))
 
-    def serial_input(self, name: str, data_base64: str) -> None:
-        self._call("POST", _vm(name, "serial"), {"data": data_base64})
+    def serial_input(self, name: str, data_base64: str) -> int:
+        """How many bytes the guest had room for."""
+        return int(self._call("POST", _vm(name, "serial"), {"data": data_base64})["accepted"])
 
     def registers(self, name: str) -> dict[str, Any]:
         return self._call("GET", _vm(name, "registers"))

@@ -23,7 +23,7 @@ PROGRAM = str(Path(sys.executable).with_name("mixvisor"))
 ROOT = Path(__file__).resolve().parents[2]
 CPU = max(os.sched_getaffinity(0))
 # A boot sector that writes a sector of its disk at each tick and reads it back.
-WRITER = bytes.fromhex("bb007eb9020031d28ec2b80103cd13b80102cd13fbf4ebe8")
+WRITER = bytes.fromhex("bb007eb9020031d28ec2b80103cd13b80102cd13fbf4ebe8").ljust(512, b"\0")
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

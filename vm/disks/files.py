@@ -69,13 +69,13 @@ def open_overlay(path: Path, image: Path, image_fd: int, *, floppy: bool | None 
     """A descriptor of the overlay of an image, locked; made where there is none yet. Raises DiskError."""
     fd = _open(path, "the overlay", write=True, exclusive=True, create=True)
     try:
+        sectors = _sectors(image_fd, floppy)
         if os.fstat(fd).st_size == 0:
-            write_header(fd, _header(image, image_fd, floppy))
+            write_header(fd, _header(image, image_fd, sectors))
             return fd
         header = read_header(fd)
         if header.state is State.COMMITTING:
             raise OverlayError(f"a commit of it was interrupted: `mixvisor disk commit {path}` completes it")
-        sectors = _sectors(image_fd, floppy)
         if header.sectors != sectors:
             raise OverlayError(f"it was made for a disk of {header.sectors} sectors, {image} has {sectors}")
         why = _misfit(header, image_fd)
@@ -84,7 +84,7 @@ def open_overlay(path: Path, image: Path, image_fd: int, *, floppy: bool | None 
         for _run in Overlay(fd, sectors).changed():
             pass
         if header.image_mtime_ns != os.fstat(image_fd).st_mtime_ns:
-            write_header(fd, _header(image, image_fd, floppy))        # the same contents: quicker next time
+            write_header(fd, _header(image, image_fd, sectors))       # the same contents: quicker next time
     except (OverlayError, OSError) as error:
         os.close(fd)
         raise DiskError(f"the overlay {path} cannot be used: {_words(error)}") from error
@@ -100,7 +100,7 @@ def anonymous_overlay(image: Path, image_fd: int, *, floppy: bool | None = None)
     except OSError as error:
         raise DiskError(f"no overlay for {image} can be made in {folder} (TMPDIR): {error.strerror}") from error
     try:
-        write_header(fd, _header(image, image_fd, floppy))
+        write_header(fd, _header(image, image_fd, _sectors(image_fd, floppy)))
     except OSError as error:
         os.close(fd)
         raise DiskError(f"no overlay for {image} can be made in {folder} (TMPDIR): {error.strerror}") from error
@@ -146,9 +146,9 @@ def _sectors(fd: int, floppy: bool | None) -> int:
     return sectors_of(os.fstat(fd).st_size, _geometry(fd, floppy))
 
 
-def _header(image: Path, fd: int, floppy: bool | None) -> Header:
+def _header(image: Path, fd: int, sectors: int) -> Header:
     status = os.fstat(fd)
-    return Header(_sectors(fd, floppy), status.st_size, status.st_mtime_ns, _digest(fd), str(image.absolute()))
+    return Header(sectors, status.st_size, status.st_mtime_ns, _digest(fd), str(image.absolute()))
 
 
 def _digest(fd: int) -> bytes:
@@ -212,7 +212,9 @@ def commit(path: Path, image: Path | None = None) -> int:
                     _write_all(image_fd, data, at * SECTOR_BYTES)
                     written += len(data)
             os.fsync(image_fd)
+            # Emptied first: a file of no bytes is a new overlay to whoever comes in between.
             os.ftruncate(fd, 0)
+            write_header(fd, _header(target, image_fd, header.sectors))
             os.fsync(fd)
         finally:
             os.close(image_fd)

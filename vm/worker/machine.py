@@ -44,6 +44,7 @@ from .bios import BIOS_PORT, Bios, Wait
 from .clock import Clock
 from .devices import Device, nothing, ones
 from .devices import keyboard as keyboard_device
+from .devices import serial as serial_device
 from .devices.board import Board
 from .devices.cmos import Cmos
 from .devices.disk import Disk
@@ -110,8 +111,8 @@ class Machine:
         self._clock, self._count, self._alarm = clock, count, alarm
         self.next_event_ns: int | None = None
         self._seen: tuple[bytes, int] | None = None
-        self.serial = Serial(clock, count)
         self.interrupts = interrupts = Interrupts(self._ask, firmware=bool(disks))
+        self.serial = Serial(clock, count, lambda level: interrupts.set(serial_device.LINE, level))
         self.timer = Timer(clock, interrupts, changed=self._schedule,
                            lost=lambda n: count("timer_ticks_lost", n))
         self.keyboard = Keyboard(

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mixvisor.vm.worker.devices.serial import (
     BURST_BYTES,
     COM1,
+    FIFO_BYTES,
     RATE_BYTES_PER_S,
     OutputRing,
     Serial,
@@ -17,13 +20,21 @@ from mixvisor.vm.worker.devices.serial import (
 NS = 1_000_000_000
 
 
+levels: list[bool] = []          # of the interrupt line, as a test goes
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    levels.clear()
+
+
 def made(clock):
     counts: Counter[str] = Counter()
 
     def count(name, n):
         counts[name] += n
 
-    serial = Serial(clock, count)
+    serial = Serial(clock, count, levels.append)
     ports = {port - COM1: (read, write) for port, read, write in serial.ports()}
     return serial, ports, counts
 
@@ -122,3 +133,162 @@ def test_loop_back_is_what_a_driver_probes_for(clock):
     assert serial.ring.end == 0
     ports[7][1](0xA5)
     assert ports[7][0]() == 0xA5
+
+
+IER, IIR, FCR, LCR, MCR, LSR, MSR = 1, 2, 2, 3, 4, 5, 6
+OUT2 = 0x08
+
+
+class Port:
+    """A 16550 with OUT2 on, as drivers set it; `raised()` is whether the line went up since asked last."""
+
+    def __init__(self, clock, mcr=OUT2 | 3):
+        self.serial, self._ports, self.counts = made(clock)
+        self.write(MCR, mcr)
+        self.read(MSR)
+        levels.clear()
+
+    def read(self, register):
+        return self._ports[register][0]()
+
+    def write(self, register, value):
+        self._ports[register][1](value)
+
+    @property
+    def line(self):
+        return bool(levels) and levels[-1]
+
+    def edges(self):
+        """Rising edges so far."""
+        states = [False, *levels]
+        return sum(1 for before, after in itertools.pairwise(states) if after and not before)
+
+
+def test_received_data_interrupts_until_it_is_read(clock):
+    port = Port(clock)
+    port.serial.feed(b"early")
+    port.write(IER, 0x01)
+    assert port.line
+    for byte in b"early":
+        assert port.read(IIR) == 0x04
+        assert port.read(0) == byte
+    assert port.read(IIR) == 0x01
+    assert not port.line
+    port.serial.feed(b"x")
+    assert port.line
+
+
+def test_the_fifo_tells_its_level_and_then_that_no_more_comes(clock):
+    port = Port(clock)
+    port.write(FCR, 0x81)                       # on, 8 bytes
+    port.write(IER, 0x01)
+    port.serial.feed(bytes(range(20)))
+    seen = []
+    while port.line:
+        seen.append(port.read(IIR))
+        assert port.read(0) == len(seen) - 1
+    assert seen == [0xC4] * 13 + [0xCC] * 7     # 16 in the FIFO and 4 on the wire; below 8: timeout
+
+
+def test_an_empty_transmitter_interrupts_once_for_each_byte_and_when_enabled_anew(clock):
+    port = Port(clock)
+    port.write(IER, 0x02)
+    for expected in (1, 2, 3):
+        assert port.edges() == expected
+        assert port.read(IIR) == 0x02           # and takes it back
+        assert port.read(IIR) == 0x01
+        assert not port.line
+        port.write(0, 0x41)
+    port.write(0, 0x41)                         # nobody has read IIR: still an edge for each
+    assert port.edges() == 5
+    port.read(IIR)
+    port.write(IER, 0x00)
+    port.write(IER, 0x02)
+    assert port.read(IIR) == 0x02
+    assert port.serial.ring.read(0, 9)[1] == b"AAAA"
+
+
+def test_sources_come_by_priority(clock):
+    port = Port(clock)
+    port.write(IER, 0x0F)
+    port.serial.feed(b"d")
+    port.write(MCR, OUT2 | 0x10)                # loop-back: the modem lines change, the line is cut
+    port.write(0, 0x55)                         # no room without a FIFO: an overrun
+    assert not port.line
+    port.write(MCR, OUT2 | 3)
+    order = []
+    for clear in (lambda: port.read(LSR), lambda: port.read(0), lambda: None, lambda: port.read(MSR)):
+        assert port.line
+        order.append(port.read(IIR))
+        clear()
+    assert order == [0x06, 0x04, 0x02, 0x00]
+    assert port.read(IIR) == 0x01
+    assert not port.line
+
+
+def test_without_out2_the_line_stays_down_and_iir_speaks_all_the_same(clock):
+    port = Port(clock, mcr=0x03)
+    port.write(IER, 0x01)
+    port.serial.feed(b"x")
+    assert not port.line
+    assert port.read(IIR) == 0x04
+    port.write(MCR, OUT2)
+    assert port.line
+
+
+def test_drivers_find_a_16550a_with_sixteen_bytes(clock):
+    """What Linux' 8250 driver asks: FIFO bits, scratch, loop-back's modem lines, and how much the FIFO takes."""
+    port = Port(clock)
+    port.write(FCR, 0x01)
+    assert port.read(IIR) >> 6 == 3
+    port.write(FCR, 0x00)
+    assert port.read(IIR) >> 6 == 0
+    port.write(MCR, 0x1A)
+    assert port.read(MSR) & 0xF0 == 0x90
+    port.write(FCR, 0x07)
+    for value in range(256):
+        port.write(0, value)
+    assert port.read(LSR) & 0x02
+    count = 0
+    while port.read(LSR) & 1:
+        assert port.read(0) == count
+        count += 1
+    assert count == FIFO_BYTES
+    assert port.serial.ring.end == 0
+
+
+def test_clearing_the_fifo_loses_what_is_in_it_and_not_what_is_on_the_wire(clock):
+    port = Port(clock)
+    port.write(FCR, 0x01)
+    port.serial.feed(bytes(range(20)))
+    port.write(FCR, 0x03)
+    assert [port.read(0) for _ in range(4)] == [16, 17, 18, 19]
+
+
+def test_modem_changes_are_told_once(clock):
+    port = Port(clock)
+    port.write(MCR, 0x10)                       # loop-back: CTS, DSR and CD fall
+    assert port.read(MSR) == 0x0B
+    assert port.read(MSR) == 0x00
+    port.write(MCR, 0x14)                       # RI up: no event
+    assert port.read(MSR) == 0x40
+    port.write(MCR, 0x10)
+    assert port.read(MSR) == 0x04
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 255)), max_size=120))
+def test_no_sequence_of_accesses_confuses_the_port(accesses):
+    class Still:
+        def monotonic_ns(self):
+            return 0
+
+    levels.clear()
+    port = Port(Still())
+    for register, value in accesses:
+        if register == 9:
+            assert 0 <= port.serial.feed(bytes([value]) * value) <= value
+        elif register == 8:
+            assert all(0 <= port.read(register) <= 0xFF for register in range(8))
+        else:
+            port.write(register, value)
+        assert len(port.serial._fifo) <= FIFO_BYTES

@@ -21,6 +21,7 @@ from .registers import Call, Wait
 
 __all__ = ["System", "day_ticks"]
 
+_BAUDS: Final = (110, 150, 300, 600, 1200, 2400, 4800, 9600)
 _UNSUPPORTED: Final = 0x86
 _SMAP: Final = 0x534D4150
 
@@ -51,7 +52,11 @@ class System:
 
     def _serial_port(self, call: Call) -> None:
         if call.dx != 0:
-            call.ah = 0x80
+            call.ah = 0x80                     # timed out: there is no such port
+        elif call.ah == 0x00:
+            baud = _BAUDS[call.al >> 5]
+            self._serial.configure(115_200 // baud, call.al & 0x1F)
+            call.ax = self._serial.line_status() << 8 | self._serial.modem_status()
         elif call.ah == 0x01:
             self._serial.put(call.al)
             call.ah = self._serial.line_status()
@@ -59,7 +64,7 @@ class System:
             ready = self._serial.line_status() & 1
             call.ax = self._serial.take() if ready else 0x8000 | call.al
         else:
-            call.ax = self._serial.line_status() << 8 | 0xB0
+            call.ax = self._serial.line_status() << 8 | self._serial.modem_status()
 
     def _printer(self, call: Call) -> None:
         call.ah = 0x01                         # timed out: there is none
