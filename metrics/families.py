@@ -174,8 +174,9 @@ def _run_length(snapshot: Snapshot) -> Iterator[Row]:
 
 
 def _decision(snapshot: Snapshot) -> Iterator[Row]:
-    yield ((snapshot.scheduler.policy,),
-           merged((cpu.decision for cpu in snapshot.cpus), DECISION_BOUNDS_NS))
+    for policy in dict.fromkeys((snapshot.scheduler.policy, *(p for cpu in snapshot.cpus for p in cpu.decision))):
+        yield (policy,), merged(
+            (cpu.decision[policy] for cpu in snapshot.cpus if policy in cpu.decision), DECISION_BOUNDS_NS)
 
 
 def _over_cpus(read: Callable[[CpuSnapshot], Histogram]) -> Callable[[Snapshot], Iterable[Row]]:
@@ -270,6 +271,9 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mixvisor_vm_vcpu_halted_seconds_total", "counter", ("vm", "vcpu"),
            "Time that the guest slept and wanted no CPU, in seconds.",
            _vcpus(lambda vcpu: vcpu.halted_ns * NS)),
+    Family("mixvisor_vm_vcpu_capped_seconds_total", "counter", ("vm", "vcpu"),
+           "Time that the virtual CPU could have run but its VM's cap was used up, in seconds.",
+           _vcpus(lambda vcpu: vcpu.capped_ns * NS)),
     Family("mixvisor_vm_vcpu_migrations_total", "counter", ("vm", "vcpu"),
            "How often the virtual CPU was moved to another host CPU.",
            _vcpus(lambda vcpu: vcpu.migrations)),

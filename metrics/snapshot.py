@@ -48,6 +48,7 @@ class VcpuSnapshot:
     run_ns: int                  # schedstat field 1
     wait_ns: int                 # schedstat field 2: runnable, but not running (steal)
     halted_ns: int               # the guest slept
+    capped_ns: int               # it wanted the CPU, and its cap was used up
     migrations: int
     slices: int
 
@@ -128,7 +129,7 @@ class CpuSnapshot:
     vm_switches: int                            # switches between VMs, of any mode
     slices: int
     lateness: Histogram                         # timer: woken after the time asked for
-    decision: Histogram                         # CPU time of one decision with its system calls
+    decision: Mapping[str, Histogram]           # CPU time of a decision, by the policy that decided
     overrun: Histogram                          # slice longer than decided
     dispatcher_cpu_ns: int                      # CPU time of the dispatcher process
     frozen_ns: int                              # lateness over 10 ms, summed: throttling shows here

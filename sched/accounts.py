@@ -46,7 +46,7 @@ class CpuFigures:
     vm_switches: int
     slices: int
     lateness: HistogramFigures
-    decision: HistogramFigures
+    decision: Mapping[str, HistogramFigures]    # by the policy that decided
     overrun: HistogramFigures
     dispatcher_cpu_ns: int
     frozen_ns: int
@@ -68,6 +68,7 @@ class VcpuFigures:
     entitled_share: float       # now, in host CPUs
     lag_ns: int                 # entitled - received, clamped to one slice
     leak_ns: int
+    capped_ns: int              # wanted the CPU, and its cap was used up
     emulator_ns: int            # of run_ns: in threads that are not the vCPU
     slices: int
     migrations: int
@@ -114,21 +115,23 @@ class CpuAccount:
     switches: list[int] = field(default_factory=lambda: [0] * len(MODES) ** 2)
     _lateness: _Histogram = field(default_factory=lambda: _Histogram(LATENESS_BOUNDS_NS))
     _overrun: _Histogram = field(default_factory=lambda: _Histogram(LATENESS_BOUNDS_NS))
-    _decision: _Histogram = field(default_factory=lambda: _Histogram(DECISION_BOUNDS_NS))
+    _decision: dict[str, _Histogram] = field(default_factory=dict[str, _Histogram])    # by policy
     _run_length: list[_Histogram] = field(
         default_factory=lambda: [_Histogram(RUN_LENGTH_BOUNDS_NS) for _ in MODES])
     _last: int = 0              # generation of the vCPU of the last slice that had one
     _mode: int = NOBODY         # mode that the CPU is in
     _in_mode_ns: int = 0
 
-    def fold(self, records: Iterable[SliceRecord]) -> None:
+    def fold(self, records: Iterable[SliceRecord], policy: str) -> None:
+        """*policy*: the one that decided these slices."""
+        decision = self._decision.setdefault(policy, _Histogram(DECISION_BOUNDS_NS))
         for record in records:
+            decision.add(record.decision_ns)
             self._fold(record)
 
     def _fold(self, record: SliceRecord) -> None:
         late = record.late_ns
         self._lateness.add(late)
-        self._decision.add(record.decision_ns)
         for lateness in (late, record.edge_late_ns):
             if lateness > FROZEN_NS:
                 self.frozen_ns += lateness
@@ -167,7 +170,8 @@ class CpuAccount:
             run_length={mode: histogram.figures()
                         for mode, histogram in zip(MODES, self._run_length, strict=True)},
             vm_switches=self.vm_switches, slices=self.slices,
-            lateness=self._lateness.figures(), decision=self._decision.figures(),
+            lateness=self._lateness.figures(),
+            decision={policy: histogram.figures() for policy, histogram in self._decision.items()},
             overrun=self._overrun.figures(), dispatcher_cpu_ns=dispatcher_cpu_ns,
             frozen_ns=self.frozen_ns, breath_ns=self.breath_ns, lost_records=lost_records,
             runnable=dict(zip(MODES, runnable, strict=True)))

@@ -108,6 +108,7 @@ _AWAKE_SINCE: Final = SLOT_FIELDS["awake_since_ns"]
 _AWAKE_NS: Final = SLOT_FIELDS["awake_ns"]
 _LAG: Final = SLOT_FIELDS["lag_ns"]
 _BUDGET: Final = SLOT_FIELDS["budget_ns"]
+_CAPPED: Final = SLOT_FIELDS["capped_ns"]
 _GONE: Final = SLOT_FIELDS["gone"]
 _PICKED: Final = SLOT_FIELDS["picked"]
 _EPOCH: Final = HEADER["epoch"]
@@ -436,7 +437,7 @@ class Dispatcher:
         new = words[base + _OWNED] != generation
         if new:
             for name in ("leak_ns", "slices", "migrations", "awake_ns", "lag_ns",
-                         "budget_ns", "gone", "picked", "first_run_ns", "charged_ns"):
+                         "budget_ns", "capped_ns", "gone", "picked", "first_run_ns", "charged_ns"):
                 words[base + SLOT_FIELDS[name]] = 0
         else:
             words[base + _MIGRATIONS] += 1
@@ -479,6 +480,7 @@ class Dispatcher:
         """Out of the run queue; what it is owed and its budget stay in its slot."""
         words, base = self._words, vcpu.base
         words[base + _BUDGET] = self._queue.budget_ns(vcpu.slot)
+        words[base + _CAPPED] += self._queue.take_capped_ns(vcpu.slot)
         words[base + _LAG] = self._queue.remove(vcpu.slot)
         self._set_awake(vcpu, False, now)
 
@@ -677,6 +679,8 @@ class Dispatcher:
         for vcpu in self._order:
             if vcpu.paused:
                 continue
+            if self._capped and vcpu.cap:
+                self._words[vcpu.base + _CAPPED] += queue.take_capped_ns(vcpu.slot)
             if self._capped and queue.is_parked(vcpu.slot):
                 level = Level.HELD
             elif vcpu is picked:

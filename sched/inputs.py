@@ -46,6 +46,7 @@ CALLS: Final[Mapping[str, Mapping[str, object]]] = {
     "is_parked": {"slot": _NEEDED},
     "lag_ns": {"slot": _NEEDED},
     "barred_ns": {"slot": _NEEDED},
+    "take_capped_ns": {"slot": _NEEDED},
     "budget_ns": {"slot": _NEEDED},
 }
 

@@ -105,6 +105,7 @@ class Ledger:
             run_ns=vcpu.seen_run,
             wait_ns=vcpu.wait_ns, entitled_ns=round(vcpu.entitled_ns), entitled_share=vcpu.share,
             lag_ns=round(vcpu.lag_ns), leak_ns=read("leak_ns"), emulator_ns=vcpu.emulator_ns,
+            capped_ns=read("capped_ns"),
             slices=read("slices"), migrations=read("migrations"), awake=bool(read("awake")),
             paused=vcpu.paused)
 

@@ -24,8 +24,8 @@ WEIGHT_DEFAULT: Final = 100      # cgroup v2's default
 WEIGHT_MAX: Final = 10_000
 CAP_NONE: Final = 0.0
 # How soon a VM wants the CPU once it wants it; stored as its index.
-LATENCIES: Final = ("low", "normal", "high")
-LATENCY_DEFAULT: Final = "normal"
+LATENCIES: Final = ("normal", "low", "high")        # a zero is the default
+LATENCY_DEFAULT: Final = LATENCIES[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -110,7 +110,7 @@ SLOT_FIELDS, _used = _number((
     "rate", "cap",      # 1e-9 of a host CPU; cap 0 = none
     "latency",          # index in model.LATENCIES
     "siblings",         # how many other vCPUs the VM has
-    ("reserved", 5),
+    ("reserved", 4),
     # The owner's words: the dispatcher `have_cpu`.
     "have_cpu",         # host CPU or NOBODY
     "owned_generation", # the admission that the words below belong to
@@ -123,6 +123,7 @@ SLOT_FIELDS, _used = _number((
     "awake_ns",         # time for which it competed before that
     "lag_ns",           # on its present host CPU; goes with it to the next
     "budget_ns",        # of its cap, likewise
+    "capped_ns",        # wanted the CPU, and its cap was used up
     "gone",             # 1: the kernel knows the thread no more
     "picked",           # 1: it is the one that runs
 ))

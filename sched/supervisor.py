@@ -276,6 +276,8 @@ class Scheduler:
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: {', '.join(POLICIES)}")
         async with self._changing:
+            if self._shared is not None:
+                self._account()              # what the old policy decided counts as its own
             self._end_loan("the policy was changed")
             self._policy = POLICIES[policy]
             self._batching = batching or self._batching
@@ -365,7 +367,7 @@ class Scheduler:
         """Fold the rings of the host CPUs, and bring the ledger up to now."""
         for host in self._crew.hosts.values():
             records = host.reader.read()
-            host.account.fold(records)
+            host.account.fold(records, self._policy.name)
             self._recorder.note(host.cpu, records)
             if (loan := self._lender.loan) is not None and loan.cpu == host.cpu:
                 loan.note(records)

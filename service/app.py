@@ -450,7 +450,7 @@ class Service:
             residency_ns=f.residency_ns, switches=f.switches,
             run_length={mode: _histogram(h) for mode, h in f.run_length.items()},
             vm_switches=f.vm_switches, slices=f.slices, lateness=_histogram(f.lateness),
-            decision=_histogram(f.decision), overrun=_histogram(f.overrun),
+            decision={policy: _histogram(h) for policy, h in f.decision.items()}, overrun=_histogram(f.overrun),
             dispatcher_cpu_ns=f.dispatcher_cpu_ns, frozen_ns=f.frozen_ns,
             lost_records=f.lost_records, runnable=f.runnable) for f in statistics.cpus)
 

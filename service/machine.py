@@ -75,6 +75,7 @@ class VcpuTotals:
 
     run_ns: int = 0
     wait_ns: int = 0
+    capped_ns: int = 0
     halted_ns: int = 0
     slices: int = 0
     migrations: int = 0
@@ -556,7 +557,8 @@ class Machine:
         totals.vcpus[0].halted_ns = page.get("sleeping_ns")
         for of in figures:
             vcpu = totals.vcpus[of.index]
-            vcpu.run_ns, vcpu.wait_ns, vcpu.slices, vcpu.migrations = of.run_ns, of.wait_ns, of.slices, of.migrations
+            vcpu.run_ns, vcpu.wait_ns, vcpu.capped_ns = of.run_ns, of.wait_ns, of.capped_ns
+            vcpu.slices, vcpu.migrations = of.slices, of.migrations
             totals.entitled_ns += of.entitled_ns
             totals.leak_ns += of.leak_ns
             totals.emulator_ns += of.emulator_ns
@@ -589,7 +591,8 @@ class Machine:
             started_unix_s=self.started_unix_s if one else None, restarts=self.restarts,
             vcpus=tuple(VcpuSnapshot(
                 index=index, cpu=places.get(index), run_ns=vcpu.run_ns, wait_ns=vcpu.wait_ns,
-                halted_ns=vcpu.halted_ns, migrations=vcpu.migrations, slices=vcpu.slices)
+                capped_ns=vcpu.capped_ns, halted_ns=vcpu.halted_ns, migrations=vcpu.migrations,
+                slices=vcpu.slices)
                 for index, vcpu in enumerate(total.vcpus or [VcpuTotals() for _ in range(config.vcpus)])),
             entitled_ns=total.entitled_ns, entitled_share=sum(of.entitled_share for of in figures),
             lag_ns=sum(of.lag_ns for of in figures), leak_ns=total.leak_ns, emulator_ns=total.emulator_ns,

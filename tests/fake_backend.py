@@ -93,7 +93,7 @@ def make_vm(
         reservation_pct=0, latency="normal", cpus=(1,), memory_bytes=4 << 20, resident_bytes=9 << 20, pid=4000,
         started_unix_s=1.0, restarts=0,
         vcpus=(VcpuSnapshot(index=0, cpu=1, run_ns=run, wait_ns=int(wait * seconds * SECOND),
-                            halted_ns=0, migrations=0, slices=int(seconds * 25)),),
+                            halted_ns=0, capped_ns=0, migrations=0, slices=int(seconds * 25)),),
         entitled_ns=int(share * seconds * SECOND), entitled_share=share,
         lag_ns=int(-error * SECOND), leak_ns=0, emulator_ns=0,
         progress=None if progress_rate is None else int(progress_rate * run / SECOND),
@@ -159,7 +159,7 @@ class FakeBackend:
             switches={("software", "hardware"): switches // 2,
                       ("hardware", "software"): switches - switches // 2},
             run_length={"hardware": runs, "software": runs}, vm_switches=int(seconds * 95),
-            slices=int(seconds * 100), lateness=empty, decision=decision, overrun=empty,
+            slices=int(seconds * 100), lateness=empty, decision={"fair": decision}, overrun=empty,
             dispatcher_cpu_ns=int(seconds * 3_000_000), frozen_ns=0, lost_records=0,
             runnable={"software": 2, "hardware": 2})
         return Snapshot(

@@ -89,7 +89,8 @@ class Entry:
     """A vCPU on a run queue; for the policies of this package only."""
 
     __slots__ = (
-        "asleep_at", "awake", "cap", "deadline", "depth", "lag", "latency", "mode", "parked", "request_ns", "served",
+        "asleep_at", "awake", "cap", "capped_ns", "deadline", "depth", "lag", "latency", "mode", "parked",
+        "request_ns", "served",
         "slot", "start", "tokens", "v", "weight",
     )
 
@@ -110,6 +111,7 @@ class Entry:
         self.depth = 0.0         # what its bucket holds at most
         self.tokens = 0.0
         self.parked = False
+        self.capped_ns = 0       # awake and parked, since that was last taken
 
 
 class Runqueue:
@@ -257,6 +259,7 @@ class Runqueue:
             if not entry.parked:
                 continue
             if entry.awake:
+                entry.capped_ns += elapsed_ns
                 self._forfeit(entry)
             if tokens >= self._refilled:
                 entry.parked = False
@@ -340,6 +343,12 @@ class Runqueue:
     def budget_ns(self, slot: Slot) -> int:
         """What is left in a capped vCPU's bucket (negative: debt); 0 without a cap."""
         return int(self._entry(slot).tokens // 1.0)
+
+    def take_capped_ns(self, slot: Slot) -> int:
+        """How long it wanted the CPU and was parked, since this was last asked."""
+        entry = self._entry(slot)
+        capped_ns, entry.capped_ns = entry.capped_ns, 0
+        return capped_ns
 
     def is_parked(self, slot: Slot) -> bool:
         """Out of budget: not picked until its bucket has the minimum run again."""

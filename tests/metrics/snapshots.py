@@ -63,7 +63,8 @@ def a_vm(name: str, t: float, *, state: str = "running", vcpus: int = 1) -> VmSn
         vcpus=tuple(
             VcpuSnapshot(
                 index=i, cpu=1 if state == "running" else None, run_ns=ns(ran / vcpus),
-                wait_ns=ns((1 - share) * t), halted_ns=ns(0.001 * t), migrations=int(t),
+                wait_ns=ns((1 - share) * t), halted_ns=ns(0.001 * t), capped_ns=ns(0.02 * t) if name == "delta" else 0,
+                migrations=int(t),
                 slices=int(SLICES_PER_S * share * t / vcpus))
             for i in range(vcpus)),
         entitled_ns=ns(ran), entitled_share=share, lag_ns=ns(0.002) if name == "alpha" else 0,
@@ -90,7 +91,7 @@ def a_cpu(t: float, cpu: int = 1) -> CpuSnapshot:
                     "hardware": spread(RUN_LENGTH_BOUNDS_NS, switches, 5)},
         vm_switches=slices, slices=slices,
         lateness=spread(LATENESS_BOUNDS_NS, slices, 1),
-        decision=spread(DECISION_BOUNDS_NS, slices, 4),
+        decision={"fair": spread(DECISION_BOUNDS_NS, slices, 4)},
         overrun=spread(LATENESS_BOUNDS_NS, slices, 2),
         dispatcher_cpu_ns=ns(DISPATCHER_SHARE * t), frozen_ns=ns(0.0005 * t), lost_records=int(t),
         runnable={"software": 2, "hardware": 2})

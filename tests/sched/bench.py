@@ -30,7 +30,7 @@ class Task:
     cap: float = 0.0
     script: Sequence[tuple[int, int]] = ()
     mode: int = 0
-    latency: int = 1               # in LATENCIES
+    latency: int = 0               # in LATENCIES
     ran: int = 0
     entitled: float = 0.0          # ∫ e dt while awake, ns
     lag: float = 0.0

@@ -32,14 +32,14 @@ records = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 10), st.booleans(
 def test_residency_adds_up_to_the_time_that_passed(steps: list[tuple[int, int, bool]]) -> None:
     account = CpuAccount(0)
     for number, (slot, run, idle) in enumerate(steps):
-        account.fold([record(number * 10, slot, slot % 2, run, flags=RECORD_IDLE * idle)])
+        account.fold([record(number * 10, slot, slot % 2, run, flags=RECORD_IDLE * idle)], "fair")
     assert sum(figures(account).residency_ns.values()) == 10 * len(steps)
 
 
 @given(records)
 def test_switches_by_mode_add_up_to_switches(steps: list[tuple[int, int, bool]]) -> None:
     account = CpuAccount(0)
-    account.fold(record(n * 10, slot, slot % 2, run) for n, (slot, run, _idle) in enumerate(steps))
+    account.fold((record(n * 10, slot, slot % 2, run) for n, (slot, run, _idle) in enumerate(steps)), "fair")
     shown = figures(account)
     ran = [slot for slot, run, _idle in steps if run]
     expected = sum(1 for a, b in itertools.pairwise(ran) if a != b)
@@ -49,17 +49,24 @@ def test_switches_by_mode_add_up_to_switches(steps: list[tuple[int, int, bool]])
 def test_run_length_ends_with_the_mode_and_not_with_the_slice() -> None:
     account = CpuAccount(0)
     account.fold([record(0, 0, 0, 10), record(10, 2, 0, 10), record(20, 1, 1, 10),
-                  record(30, 0, 0, 10)])
+                  record(30, 0, 0, 10)], "fair")
     lengths = figures(account).run_length
     assert (sum(lengths["software"].counts), lengths["software"].sum_ns) == (1, 20)
     assert (sum(lengths["hardware"].counts), lengths["hardware"].sum_ns) == (1, 10)
+
+
+def test_a_decision_counts_as_that_of_the_policy_that_took_it() -> None:
+    account = CpuAccount(0)
+    account.fold([record(0, 0, 0, 10), record(10, 1, 1, 10)], "fair")
+    account.fold([record(20, 0, 0, 10)], "batch")
+    assert {policy: sum(h.counts) for policy, h in figures(account).decision.items()} == {"fair": 2, "batch": 1}
 
 
 def test_only_lateness_beyond_jitter_counts_as_frozen() -> None:
     account = CpuAccount(0)
     late = record(0, 0, 0, 10)
     account.fold([late._replace(end_ns=late.planned_end_ns + 9_000_000),
-                  late._replace(end_ns=late.planned_end_ns + 50_000_000)])
+                  late._replace(end_ns=late.planned_end_ns + 50_000_000)], "fair")
     assert account.frozen_ns == 50_000_000
 
 

@@ -406,3 +406,20 @@ def test_the_first_words_of_all_cpus_and_seeds_differ_and_none_is_zero():
 def test_an_impossible_order_is_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         Runqueue(SLICE, **settings)
+
+
+def test_time_that_a_cap_took_is_told_and_only_while_the_cpu_was_wanted():
+    queue = Runqueue(SLICE)
+    queue.add(0, 0.5)
+    queue.set_cap(0, 0.2)            # a new bucket starts empty
+    queue.advance(1 * MS)
+    queue.advance(1 * MS)
+    assert queue.take_capped_ns(0) == 2 * MS
+    assert queue.take_capped_ns(0) == 0
+    queue.sleep(0)
+    queue.advance(1 * MS)
+    assert queue.take_capped_ns(0) == 0
+    queue.advance(100 * MS)
+    queue.wake(0)
+    queue.advance(5 * MS)
+    assert queue.take_capped_ns(0) == 0

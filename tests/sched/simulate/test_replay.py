@@ -61,7 +61,7 @@ def test_another_policy_decides_otherwise_and_that_is_said() -> None:
     (["HEAD", '[0,"pick",["x"],null]'], "line 2: pick takes 1 numbers"),
     (["HEAD", '[0,"pick",[],null]'], "line 2: pick takes 1 numbers"),
     (["HEAD", '[0,"charge",[7,1],null]'], "line 2: charge cannot be made: slot 7 is not on this run queue"),
-    (["HEAD", '[0,"add",[0,NaN,0,0,1],null]'], "line 2: add cannot be made"),
+    (["HEAD", '[0,"add",[0,NaN,0,0,0],null]'], "line 2: add cannot be made"),
 ])
 def test_what_is_no_recording_is_refused_with_its_line(lines: list[str], says: str) -> None:
     head = recorded([{}], 1, "fair", 0.01)[0]
