@@ -31,7 +31,7 @@ class Baseline:
         self, table: Table, cpus: Sequence[int], warn: Warn, unwarn: Callable[[str], None],
     ) -> None:
         self._table = table
-        self._cpus = frozenset(cpus)
+        self.cpus = frozenset(cpus)           # that are there
         self._warn = warn
         self._unwarn = unwarn
 
@@ -40,7 +40,7 @@ class Baseline:
         for vcpu in self._table:
             if vcpu.leaving:
                 continue
-            wish = nice_of(vcpu.weight), vcpu.cpus & self._cpus
+            wish = nice_of(vcpu.weight), vcpu.cpus & self.cpus or self.cpus
             if vcpu.at_kernel != wish:
                 vcpu.at_kernel = wish
                 self._set(vcpu, *wish)
@@ -59,7 +59,7 @@ class Baseline:
         self._unwarn(NOT_HELD)
         for vcpu in self._table:
             if vcpu.at_kernel is not None:
-                self._set(vcpu, 0, self._cpus & vcpu.cpus)
+                self._set(vcpu, 0, self.cpus & vcpu.cpus or self.cpus)
                 vcpu.at_kernel = None
 
     def _set(self, vcpu: Vcpu, nice: int, cpus: frozenset[int]) -> None:

@@ -19,14 +19,14 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 import trio
 
 from .accounts import CpuAccount
 from .selftest import Verdict, try_kind
-from .shared import CPU_FIELDS, RingReader, Shared
+from .shared import CPU_FIELDS, NOBODY, RingReader, Shared
 from .table import Table, Vcpu
 
 __all__ = ["Crew", "DispatchRefused", "Host", "Process", "Spawn", "Warn", "until"]
@@ -74,6 +74,8 @@ class Host:
     reader: RingReader
     process: Process | None = None
     link: trio.socket.SocketType | None = None
+    absent: bool = False             # the host CPU is not there (hostcpus.py)
+    back: trio.Event = field(default_factory=trio.Event)
 
 
 class Crew:
@@ -95,6 +97,7 @@ class Crew:
         self.guard_state = "absent"
         self.errors: Counter[str] = Counter()
         self.closing = False
+        self.plan_wanted = trio.Event()          # set once vCPUs are nobody's because their CPU went
 
     @property
     def _shared(self) -> Shared:
@@ -167,7 +170,40 @@ class Crew:
         shared = self._shared
         return all(
             host.process is not None and not shared.cpu_get(host.index, "leave")
-            and shared.cpu_get(host.index, "seen_epoch") >= epoch for host in self.hosts.values())
+            and shared.cpu_get(host.index, "seen_epoch") >= epoch
+            for host in self.hosts.values() if not host.absent)
+
+    @property
+    def floats(self) -> bool:
+        """Affinity is the supervisor's: dispatchers pin nobody."""
+        return self._to_kernel
+
+    @property
+    def present(self) -> frozenset[int]:
+        """The host CPUs that are there."""
+        return frozenset(host.cpu for host in self.hosts.values() if not host.absent)
+
+    def follow_cpus(self, present: frozenset[int]) -> None:
+        """Only *present* are there: the dispatchers of others leave, those of CPUs that are back start."""
+        shared = self._shared
+        for host in self.hosts.values():
+            absent = host.cpu not in present
+            if absent == host.absent:
+                continue
+            host.absent = absent
+            if absent:
+                host.back = trio.Event()
+                shared.words[shared.cpu(host.index) + CPU_FIELDS["leave"]] = 1
+            else:
+                host.back.set()
+        shared.bump()
+
+    def _vacate(self, host: Host) -> None:
+        """Nobody is given to a host CPU that has no dispatcher and gets none."""
+        for vcpu in self._table:
+            if (self._table.word(vcpu, "want_cpu") == host.cpu
+                    and self._table.word(vcpu, "have_cpu") == NOBODY):
+                self._table.set(vcpu, "want_cpu", NOBODY)
 
     def _tell_to_leave(self) -> None:
         shared = self._shared
@@ -330,6 +366,10 @@ class Crew:
             host.process = None
             await _bury(process)
             await trio.sleep(RESTART_PAUSE_S)
+            while host.absent and not self.closing:
+                self._vacate(host)
+                self.plan_wanted.set()
+                await host.back.wait()
             if self.closing:
                 return
             await self._start_dispatcher(host)

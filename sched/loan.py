@@ -175,7 +175,7 @@ class Lender:
                 raise LoanRefused(f"VM {vm!r} has a cap or a reservation, which a script would not keep;"
                                   " take it away for the measurement (mixvisor set)")
             vcpus.append(mine[0])
-        shared_cpus = frozenset(self._crew.hosts).intersection(*(v.cpus for v in vcpus))
+        shared_cpus = self._crew.present.intersection(*(v.cpus for v in vcpus))
         if not shared_cpus:
             raise LoanRefused(f"there is no host CPU that all of {', '.join(vms)} may use")
         here = [self._table.word(v, "want_cpu") for v in vcpus]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import trio
@@ -50,7 +50,7 @@ class Planner:
         self._table = table
         self._cpus = tuple(cpus)
         self.migrate_resist_ns = migrate_resist_ns
-        self._cores = cores_of(self._cpus, siblings)
+        self._siblings = siblings
         self._tell_split = split
         self._clock = clock
         self.adopt(policy)
@@ -65,25 +65,37 @@ class Planner:
     def adopt(self, policy: Policy) -> None:
         """Plan by *policy* from now on."""
         self._policy = policy
-        self._partition = Partition(self._cores) if policy.partitions else None
+        self._partition = Partition(cores_of(self._cpus, self._siblings)) if policy.partitions else None
         self._split: Split | None = None
         self._split_ns = self._clock()
+
+    def follow_cpus(self, cpus: Iterable[int]) -> None:
+        """Plan for these host CPUs from now on: some went or came back."""
+        self._cpus = tuple(sorted(cpus))
+        self._shares.clear()
+        self.dirty = True
+        self.adopt(self._policy)
+
+    def _left(self, vcpu: Vcpu) -> frozenset[int]:
+        """Its host CPUs that are there; all that are, where none of its own is (hostcpus.py)."""
+        present = frozenset(self._cpus)
+        return vcpu.cpus & present or present
 
     def _confined(self, vcpu: Vcpu) -> frozenset[int]:
         """The host CPUs that it may use, under the partition if there is one, or while it is lent."""
         if vcpu.vm in self.lent:
             return frozenset({self.lent[vcpu.vm]})
         if self._split is None:
-            return vcpu.cpus
-        return self._split.confine(vcpu.vm, vcpu.thread.mode, vcpu.cpus & frozenset(self._cpus))
+            return self._left(vcpu)
+        return self._split.confine(vcpu.vm, vcpu.thread.mode, self._left(vcpu))
 
     def _divide(self) -> None:
         """The partition of now, by what the VMs were entitled to without one."""
         if self._partition is not None:
-            free = self._entitled(self.demands(everyone=False, confined=False))
+            free = self._entitled(self._demands(everyone=False, cpus_of=self._left))
             now = self._clock()
             tenants = {v.vm: Tenant(
-                vm=v.vm, mode=v.thread.mode, cpus=v.cpus, demand=free[v.vm],
+                vm=v.vm, mode=v.thread.mode, cpus=self._left(v), demand=free[v.vm],
                 reservation=v.reservation) for v in self._table if not v.leaving}
             self._split = self._partition.update(list(tenants.values()), now - self._split_ns)
             self._split_ns = now
@@ -93,6 +105,9 @@ class Planner:
         """What the VMs ask for: with all their vCPUs, or those that compete now; on the host CPUs
         that the partition leaves them, or on all of their affinity.
         """
+        return self._demands(everyone=everyone, cpus_of=self._confined if confined else lambda vcpu: vcpu.cpus)
+
+    def _demands(self, *, everyone: bool, cpus_of: Callable[[Vcpu], frozenset[int]]) -> list[VmDemand]:
         by_vm: dict[str, list[Vcpu]] = {}
         for vcpu in self._table:
             if not vcpu.leaving:
@@ -100,7 +115,7 @@ class Planner:
         return [
             VmDemand(
                 vm=vm, weight=vcpus[0].weight,
-                cpus=self._confined(vcpus[0]) if confined else vcpus[0].cpus, cap=vcpus[0].cap,
+                cpus=cpus_of(vcpus[0]), cap=vcpus[0].cap,
                 reservation=vcpus[0].reservation,
                 vcpus=len(vcpus) if everyone else sum(map(self._table.competes, vcpus)))
             for vm, vcpus in by_vm.items()]
@@ -180,7 +195,7 @@ class Planner:
                     self.dirty = True
         for vcpu, to in moves:
             await self._send_parcel(to, vcpu)
-            if (not vcpu.leaving and table.holds(vcpu)
+            if (to in self._cpus and not vcpu.leaving and table.holds(vcpu)
                     and table.word(vcpu, "have_cpu") == table.word(vcpu, "want_cpu")):
                 table.set(vcpu, "want_cpu", to)
                 changed = True

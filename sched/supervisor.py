@@ -26,6 +26,7 @@ from . import linux
 from .accounts import CpuFigures, SchedulerStatistics, VcpuFigures
 from .baseline import Baseline
 from .crew import Crew, DispatchRefused, Host, Process, Spawn, Warn, until
+from .hostcpus import HostCpus, usable_cpus
 from .ledger import Ledger
 from .loan import Lender, Loan
 from .model import VmDemand
@@ -55,7 +56,7 @@ class Scheduler:
 
     cpus: host CPUs that VMs may use. dispatch: auto or one of linux.KINDS. spawn: makes
     processes (service/children.py). warn: told what an operator should know; unwarn: the code of
-    what is no longer so. policy: one of policy.POLICIES. siblings: SMT siblings of each host CPU.
+    what is no longer so. usable_cpus: which host CPUs are there now. policy: one of policy.POLICIES. siblings: SMT siblings of each host CPU.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Scheduler:
         guard_timeout_ns: int = GUARD_TIMEOUT_NS, policy: str = "fair",
         batching: Batching | None = None, order: Order | None = None,
         siblings: Mapping[int, frozenset[int]] | None = None,
+        usable_cpus: Callable[[], frozenset[int]] = usable_cpus,
     ) -> None:
         if not cpus:
             raise ValueError("a scheduler needs at least one host CPU")
@@ -93,6 +95,9 @@ class Scheduler:
             self._table, self._cpus, self._policy, migrate_resist_ns=migrate_resist_ns,
             siblings=siblings or {}, account=self._account,
             send_parcel=self._crew.send_parcel, split=self._tell_split)
+        self._host_cpus = HostCpus(
+            self._table, self._crew, self._planner, self._cpus, usable=usable_cpus, refused=self._reservations_refused,
+            warn=self._warn, unwarn=self._unwarn)
         self._lender = Lender(self._table, self._planner, self._crew, self._plan)
         self._recorder = FlightRecorder(self._cpus)
         self._past: dict[str, list[VcpuFigures]] = {}      # of each vCPU, after the release
@@ -121,6 +126,8 @@ class Scheduler:
                     await self._crew.muster(nursery)
                     nursery.start_soon(self._planner.balance)
                     nursery.start_soon(self._account_forever)
+                    nursery.start_soon(self._host_cpus.watch, self._plan_for_other_cpus)
+                    nursery.start_soon(self._replan_vacated)
                     task_status.started()
                     await trio.sleep_forever()
                 finally:
@@ -344,6 +351,21 @@ class Scheduler:
         if self._shared is not None and not self._closing:
             await self._planner.plan()
             self._follow_kernel()
+
+    def _reservations_refused(self) -> str | None:
+        """Why the reservations do not fit the host CPUs that are there; None: they do."""
+        return admit(self._planner.demands(everyone=True), sorted(self._host_cpus.present))
+
+    async def _plan_for_other_cpus(self) -> None:
+        self._lender.end("host CPUs came or went")
+        self._baseline.cpus = self._host_cpus.present
+        await self._plan()
+
+    async def _replan_vacated(self) -> None:
+        while True:
+            await self._crew.plan_wanted.wait()
+            self._crew.plan_wanted = trio.Event()
+            await self._plan()
 
     def _follow_kernel(self) -> None:
         if not self._policy.dispatches and not self._closing:

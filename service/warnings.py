@@ -112,6 +112,19 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
     Kind("guard-lost", "warning", "The guard's process ended.",
          "Dispatch is gentle: nobody would give real-time threads back.",
          "Look for what ended it, and restart the service."),
+    Kind("host-cpus-gone", "warning", "A host CPU of `[host] cpus` is offline, or was taken from the service's cpuset.",
+         "Its dispatcher has left and its VMs share the other CPUs; accounts and lags go on. It is used again when it "
+         "comes back.", "Bring it back (`/sys/devices/system/cpu/cpuN/online`, `cpuset.cpus`), or take it out of "
+         "`[host] cpus`."),
+    Kind("affinity-impossible", "warning", "None of the host CPUs that a VM may use (`cpus`) is there.",
+         "It runs on the others until one of its own comes back, as the kernel does with a thread.",
+         "Bring one of its CPUs back, or `mixvisor set NAME cpus=all`."),
+    Kind("reservations-not-met", "warning", "Host CPUs went, and the reservations do not fit on what is left.",
+         "They are met in proportion.", "Bring the CPU back, or lower a reservation (`mixvisor set`)."),
+    Kind("affinity-changed", "info", "Something other than Mixvisor has set the affinity of a VM's thread.",
+         "It was put back within half a second: a vCPU belongs to one host CPU at a time. A changed cpuset does "
+         "it too.",
+         "Use `mixvisor set NAME cpus=...` instead of taskset."),
     Kind("modes-meet", "info", "Under `policy = \"partition\"` some VMs cannot be kept apart from the other mode.",
          "On the CPUs that they may use there is no core for their mode alone; where modes meet, a CPU changes modes "
          "as under batch.", "Let VMs use more cores (`[host] cpus`, `cpus` of the VM), or choose another policy."),

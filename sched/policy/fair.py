@@ -90,8 +90,7 @@ class Entry:
 
     __slots__ = (
         "asleep_at", "awake", "cap", "capped_ns", "deadline", "depth", "lag", "latency", "mode", "parked",
-        "request_ns", "served",
-        "slot", "start", "tokens", "v", "weight",
+        "request_ns", "served", "slot", "start", "tokens", "v", "weight",
     )
 
     def __init__(self, slot: Slot, weight: int, mode: int, latency: int) -> None:
