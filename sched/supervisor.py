@@ -56,7 +56,8 @@ class Scheduler:
 
     cpus: host CPUs that VMs may use. dispatch: auto or one of linux.KINDS. spawn: makes
     processes (service/children.py). warn: told what an operator should know; unwarn: the code of
-    what is no longer so. usable_cpus: which host CPUs are there now. policy: one of policy.POLICIES. siblings: SMT siblings of each host CPU.
+    what is no longer so. usable_cpus: which host CPUs are there now (hostcpus.py). policy: one of policy.POLICIES.
+    siblings: SMT siblings of each host CPU.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from mixvisor.sched.shared import (
     ACTIVE,
     LENT,
     NOBODY,
+    ONE_CPU,
     PAUSED,
     RECORD_ENTRY_SHIFT,
     RingReader,
@@ -538,3 +539,38 @@ def test_every_level_has_a_state_in_every_kind() -> None:
     breath = states_of("precise", breathing=True)
     assert breath[Level.RUN].policy == os.SCHED_OTHER
     assert breath[Level.WAIT].stopped
+
+
+@pytest.mark.parametrize("kind", ["precise", "gentle"])
+def test_a_clock_that_jumps_ahead_charges_nobody_and_nobody_is_owed_for_it(kind: str) -> None:
+    """The host is a VM and was stopped, or the dispatcher was: no thread ran meanwhile."""
+    host = Host(kind)
+    threads = [host.add(slot, 1 / 3) for slot in range(3)]
+    host.shared.slot_set(0, "cap", ONE_CPU // 5)
+    host.go(200)
+    before = [thread.ran for thread in threads]
+    lags = [host.dispatcher._queue.lag_ns(Slot(slot)) for slot in range(3)]
+    host.now += 3_600_000_000_000
+    host.go(1)
+    after = [host.dispatcher._queue.lag_ns(Slot(slot)) for slot in range(3)]
+    assert max(abs(a - b) for a, b in zip(lags, after, strict=True)) <= 2 * SLICE
+    start = host.now
+    host.go(300)
+    passed = host.now - start
+    ran = [thread.ran - first for thread, first in zip(threads, before, strict=True)]
+    # The bucket of the cap is full after an hour, and no fuller than that.
+    assert ran[0] <= passed // 5 + 4 * SLICE
+    assert abs(ran[1] - ran[2]) <= 4 * SLICE
+    host.close()
+
+
+def test_a_clock_that_steps_back_is_waited_for() -> None:
+    host = Host("gentle")
+    threads = [host.add(slot, 1 / 2) for slot in range(2)]
+    host.go(50)
+    ran = sum(thread.ran for thread in threads)
+    due = host.dispatcher.step(host.now - 40_000_000)
+    assert due is not None
+    assert due >= host.now
+    assert sum(thread.ran for thread in threads) == ran
+    host.close()
