@@ -30,7 +30,10 @@ ASKED_FOR = "asked for"
 @click.option("--from", "source", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
               help="Ask no service: make a trace of this recording, such as one that the service kept below "
                    "recordings/ in its state directory when something went wrong.")
-def trace(seconds: float | None, target: Path, raw: bool, source: Path | None) -> None:
+@click.option("--inputs", is_flag=True,
+              help="Record from now on for N seconds (default 2, at most 20) what the run queues are told and answer, "
+                   "for `mixvisor simulate --replay FILE`.")
+def trace(seconds: float | None, target: Path, raw: bool, source: Path | None, inputs: bool) -> None:
     """Write who had which host CPU in the last seconds; open it with https://ui.perfetto.dev.
 
     One track a host CPU; its upper row is the mode it was in (one colour a mode), below are the
@@ -38,7 +41,17 @@ def trace(seconds: float | None, target: Path, raw: bool, source: Path | None) -
     """
     if source is not None and (raw or seconds is not None):
         raise click.UsageError("--from makes a trace of a whole recording: leave out --raw and --seconds")
+    if inputs and (raw or source is not None):
+        raise click.UsageError("--inputs is a recording of its own: leave out --raw and --from")
     from ..service.backend import ServiceError
+    if inputs:
+        with connect() as client:
+            text = client.record_inputs(2.0 if seconds is None else seconds)
+        _keep(target, text)
+        if str(target) != "-":
+            notice(f"{target}: {text.count(chr(10))} lines; take its decisions again with"
+                   f" mixvisor simulate --replay {target}")
+        return
     if source is None:
         with connect() as client:
             text = client.recording(seconds)
@@ -68,6 +81,15 @@ def _parsed(text: str, source: Path | None) -> Recording:
         return read_recording(text.splitlines())
     except RecordingError as error:
         raise ServiceError(f"{source or 'the answer of the service'}: {error}") from error
+
+
+def _keep(target: Path, text: str) -> None:
+    from ..service.backend import ServiceError
+    try:
+        with _opened(target) as out:
+            out.write(text)
+    except OSError as error:
+        raise ServiceError(f"{target} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -383,18 +383,25 @@ class Crew:
 
     async def send_parcel(self, cpu: int, vcpu: Vcpu) -> None:
         """The vCPU's pages, ahead of the vCPU. A dispatcher that ends meanwhile is replaced."""
-        host, thread = self.hosts[cpu], vcpu.thread
+        thread = vcpu.thread
         fds = [fd for fd in (thread.status_fd, thread.progress_fd) if fd is not None]
         message = {
             "slot": vcpu.slot, "generation": vcpu.generation,
             "status": thread.status_fd is not None,
             "progress": thread.progress_offset if thread.progress_fd is not None else None}
-        if host.link is None or not fds:
+        if fds:
+            await self.send(cpu, message, fds)
+
+    async def send(self, cpu: int, message: dict[str, Any], fds: Sequence[int]) -> None:
+        """To the dispatcher of a host CPU, which reads it once the epoch moves."""
+        host = self.hosts[cpu]
+        if host.link is None:
             return
         packed = b"".join(fd.to_bytes(4, "little") for fd in fds)
         try:
             await host.link.sendmsg(
-                [json.dumps(message).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)])
+                [json.dumps(message).encode()],
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else [])
         except OSError:
             # It ended: its watcher starts another and sends anew.
             self.errors["parcel"] += 1

@@ -49,10 +49,11 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from ..vm.worker.status import FIELDS, STATUS_SIZE, Phase
 from . import linux, steady
+from .inputs import Logged
 from .linux import Kernel, Level, RunClock, State
 from .model import Slot
 from .policy import POLICIES, Batching, Order, Runqueue, ScriptedRunqueue
@@ -74,6 +75,7 @@ from .shared import (
     ScriptReader,
     Shared,
 )
+from .tape import InputFile, Manner, Tape
 
 __all__ = ["Dispatcher", "Inbox", "Parcel", "Settings", "main"]
 
@@ -146,8 +148,8 @@ class Parcel:
 
 
 class Inbox(Protocol):
-    def drain(self) -> Iterable[tuple[int, Parcel]]:
-        """(slot, parcel) of every vCPU announced since the last call. Never waits."""
+    def drain(self) -> Iterable[tuple[int, Parcel | InputFile]]:
+        """(slot, parcel) of every vCPU announced since the last call, (NOBODY, file) to record into. Never waits."""
         ...
 
 
@@ -202,7 +204,7 @@ class Dispatcher:
         "_plain", "_queue", "_relevel", "_retry", "_ring", "_script", "_settings", "_shared", "_slice_breath",
         "_slice_edge_late",
         "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress", "_slice_start", "_states",
-        "_turn", "_vcpus", "_watched", "_words",
+        "_tape", "_turn", "_vcpus", "_watched", "_words",
     )
 
     def __init__(
@@ -214,6 +216,7 @@ class Dispatcher:
         self._kernel = kernel
         self._inbox = inbox
         self._slice_ns = shared.get("slice_ns")
+        self._tape: Tape | None = None     # where the run queue's inputs are noted
         self._asked = self._wanted()
         self._script: ScriptedRunqueue | None = None     # the queue, while it plays one
         self._queue = self._new_queue()
@@ -297,6 +300,9 @@ class Dispatcher:
             self._free(vcpu)
             self._drop(vcpu, now)
         self._words[self._base + _BEAT] = now
+        if self._tape is not None:
+            self._tape.close()
+            self._tape = None
 
     # -- accounts ----------------------------------------------------------------------------
 
@@ -391,9 +397,13 @@ class Dispatcher:
             self._slice_ns = words[HEADER["slice_ns"]]
             old, self._queue = self._queue, self._new_queue()
             self._queue.take_over(old)
+            self._follow_tape()
             self._breath_ns = breath_ns(self._slice_ns)
         for slot, parcel in self._inbox.drain():
-            self._parcels[slot] = parcel
+            if isinstance(parcel, InputFile):
+                self._record_inputs(parcel)
+            else:
+                self._parcels[slot] = parcel
         for vcpu in list(self._vcpus.values()):
             if words[vcpu.base + _WANT] != cpu:
                 self._release(vcpu, now)
@@ -413,22 +423,47 @@ class Dispatcher:
         self._epoch = epoch
         words[self._base + CPU_FIELDS["seen_epoch"]] = epoch
 
+    def _record_inputs(self, file: InputFile) -> None:
+        """Note what the run queue is told from now on; of a file that is none: no longer (tape.py)."""
+        if isinstance(self._queue, Logged):
+            self._queue = self._queue.plain
+        if self._tape is not None:
+            self._tape.close()
+            self._tape = None
+        if file.fd >= 0:
+            self._tape = Tape(file, self._settings.cpu)
+            self._follow_tape()
+
+    def _follow_tape(self) -> None:
+        if self._tape is None:
+            return
+        if self._script is not None:
+            self._tape.end()
+            return
+        # Its type is not ours to say: it forwards every call to what it was.
+        self._queue = cast(Runqueue, self._tape.follow(self._manner(), self._queue))
+
+    def _manner(self) -> Manner:
+        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, jitter_ns, seed, _scripted = self._asked
+        # Words are written one by one: a shorter slice may be seen before what depends on it.
+        return Manner(
+            policy=_POLICIES[policy].name, slice_ns=slice_ns, ratelimit_ns=min(ratelimit_ns, slice_ns),
+            batching=Batching(batch_ns=batch_ns, wait_max_ns=wait_max_ns, budget_ns=budget_ns),
+            order=Order(jitter_ns=min(jitter_ns, slice_ns), seed=seed))
+
     def _wanted(self) -> tuple[int, ...]:
         """Policy and settings as the supervisor wants them now, and who is to play a script."""
         return tuple(map(self._shared.get, _POLICY))
 
     def _new_queue(self) -> Runqueue:
-        policy, slice_ns, ratelimit_ns, batch_ns, wait_max_ns, budget_ns, jitter_ns, seed, script_cpu = self._asked
-        # Words are written one by one: a shorter slice may be seen before what depends on it.
-        ratelimit_ns, jitter_ns = min(ratelimit_ns, slice_ns), min(jitter_ns, slice_ns)
+        how = self._manner()
         self._script = None
-        if script_cpu == self._settings.cpu:
+        if self._asked[-1] == self._settings.cpu:
             self._script = ScriptedRunqueue(
-                ScriptReader(self._shared, self._settings.index), slice_ns, ratelimit_ns)
+                ScriptReader(self._shared, self._settings.index), how.slice_ns, how.ratelimit_ns)
             return self._script
-        return _POLICIES[policy].runqueue(
-            slice_ns, ratelimit_ns, Batching(batch_ns=batch_ns, wait_max_ns=wait_max_ns, budget_ns=budget_ns),
-            Order(jitter_ns=jitter_ns, seed=seed), self._settings.cpu)
+        return POLICIES[how.policy].runqueue(
+            how.slice_ns, how.ratelimit_ns, how.batching, how.order, self._settings.cpu)
 
     def _take(self, slot: Slot, base: int, now: int) -> None:
         words, kernel = self._words, self._kernel
@@ -767,7 +802,7 @@ class _SocketInbox:
         self._link = link
         link.setblocking(False)
 
-    def drain(self) -> Iterable[tuple[int, Parcel]]:
+    def drain(self) -> Iterable[tuple[int, Parcel | InputFile]]:
         while True:
             try:
                 data, fds, _flags, _address = socket.recv_fds(self._link, 4096, 2)
@@ -777,6 +812,9 @@ class _SocketInbox:
                 return           # the supervisor is gone: the heartbeat tells what to do
             try:
                 message = json.loads(data)
+                if "inputs" in message:
+                    yield NOBODY, InputFile(os.dup(fds[0]) if fds else -1, message["inputs"])
+                    continue
                 status = progress = None
                 fds_left = list(fds)
                 # Without them the vCPU is scheduled all the same.

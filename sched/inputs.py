@@ -8,10 +8,10 @@ wakes are in it exactly as the dispatcher measured them; slice records (shared.p
 for this, for they have sums where the queue was charged one by one.
 
 Form (`InputLog`).  JSON lines: a head with policy and settings, then `[cpu, call, arguments, answer]`.
-JSON keeps a double exactly.
+JSON keeps a double exactly. A queue begins empty, or with a line `begin` that has policy, settings and the whole
+state of a queue that was running (tape.py); `end` says that no more is known of it.
 
-Where it is poor: it begins with empty queues, so it has to be on from the start; a microsecond or
-two a call. Where it is off it costs nothing, for then there is no `Logged`.
+Where it is poor: some microseconds a call. Where it is off it costs nothing, for then there is no `Logged`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .policy import Batching, Order, Runqueue
 
 __all__ = ["CALLS", "FORMAT", "InputLog", "Logged", "Note"]
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 # Every call that changes a run queue or that a dispatcher acts on, with its parameters and their defaults.
 _NEEDED: Final = object()
 CALLS: Final[Mapping[str, Mapping[str, object]]] = {
@@ -60,6 +60,11 @@ class Logged:
         self._queue = queue
         for name, parameters in CALLS.items():
             setattr(self, name, _noting(name, parameters, getattr(queue, name), note))
+
+    @property
+    def plain(self) -> Runqueue:
+        """The queue itself, no longer noted."""
+        return self._queue
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -35,6 +35,8 @@ from .policy import POLICIES, Batching, Order, Split, admit
 from .recorder import FlightRecorder, PackedRecording
 from .shared import ACTIVE, MODES, NOBODY, PAUSED, Shared
 from .table import Table, Vcpu, VcpuThread
+from .tape import Manner
+from .tapedeck import record
 
 __all__ = [
     "AdmissionRefused", "DispatchRefused", "Process", "Scheduler", "Spawn", "VcpuThread", "Warn",
@@ -82,6 +84,7 @@ class Scheduler:
         self._order = order or Order()
         self._warn = warn or (lambda code, severity, message, advice: None)
         self._unwarn = unwarn or (lambda code: None)
+        self._recording_inputs = trio.Lock()
         self._changing = trio.Lock()                       # one change of policy at a time
         self._slice_ns = slice_ns
         self._ratelimit_ns = min(ratelimit_ns, slice_ns)
@@ -401,6 +404,22 @@ class Scheduler:
         if self._shared is not None:
             self._account()
         return self._recorder.copy(time.monotonic_ns(), reason, seconds)
+
+    async def record_inputs(self, seconds: float) -> Iterator[str]:
+        """What run queues are told and answer for so long (at most a minute), line by line, for
+        `mixvisor simulate --replay`. Raises ValueError where nothing can be recorded.
+        """
+        shared = self._shared
+        if shared is None or self._closing:
+            raise ValueError("the scheduler is not running")
+        if not self._policy.dispatches or self._crew.kind == "plain":
+            raise ValueError("the kernel takes the decisions: there are no run queues of ours to record")
+        async with self._recording_inputs:
+            return await record(self._crew, shared, self._manner, seconds)
+
+    def _manner(self) -> Manner:
+        return Manner(policy=self._policy.name, slice_ns=self._slice_ns, ratelimit_ns=self._ratelimit_ns,
+                      batching=self._batching, order=self._order)
 
     async def _account_forever(self) -> None:
         slow = 0.0

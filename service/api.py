@@ -19,6 +19,7 @@ Control, JSON, every answer an object with `schema`:
     GET  /v1/warnings
     GET  /v1/policy                       [scheduler] as it is in force
     POST /v1/policy                       keys of it with new values; the whole of it as in force then
+    POST /v1/inputs                       {"seconds": n, 0.1 to 20}: what run queues are told and answer meanwhile
     GET  /v1/recording?seconds=N          slices of the last N seconds (all that are kept), JSON lines
     POST /v1/loans                        {"vms": [names]}: their host CPU's order, lent to a measurement
     POST /v1/loans/{id}                   {"script": [[vm, ns], ...]}: more to play; the slices since the last call
@@ -66,6 +67,8 @@ BODY_SECONDS: Final = 10.0
 MAX_KEYS: Final = 4096
 MAX_SERIAL_INPUT: Final = 48 * 1024
 RECORDING_MAX_SECONDS: Final = 86_400.0
+INPUTS_MIN_SECONDS: Final = 0.1
+INPUTS_MAX_SECONDS: Final = 20.0       # below the client's patience
 EXITS_MAX: Final = 256           # places in one answer (vm/worker/eyes.py)
 HZ_MAX: Final = 1000
 SECONDS_MAX: Final = 600
@@ -114,6 +117,7 @@ def control_app(backend: Backend) -> Starlette:
             Route("/v1/loans/{loan}/end", control.give_back, methods=["POST"]),
             Route("/v1/mixing", control.mixing, methods=["GET"]),
             Route("/v1/mixing", control.keep_mixing, methods=["POST"]),
+            Route("/v1/inputs", control.inputs, methods=["POST"]),
             Route("/v1/shutdown", control.shutdown, methods=["POST"]),
         ],
         exception_handlers={
@@ -247,6 +251,16 @@ class _Control:
             raise Unusable(str(error)) from error
         self._backend.keep_mixing(result)
         return _answer({"mixing": result.to_json()})
+
+    async def inputs(self, request: Request) -> Response:
+        seconds = (await _body(request)).get("seconds")
+        if (isinstance(seconds, bool) or not isinstance(seconds, int | float)
+                or not INPUTS_MIN_SECONDS <= seconds <= INPUTS_MAX_SECONDS):
+            raise Unusable(f"seconds is a number from {INPUTS_MIN_SECONDS:g} to {INPUTS_MAX_SECONDS:g};"
+                           f" found {seconds!r}")
+        lines = await self._backend.record_inputs(float(seconds))
+        body = await trio.to_thread.run_sync(lambda: "\n".join(lines) + "\n")
+        return Response(body, media_type="application/x-ndjson")
 
     async def shutdown(self, _request: Request) -> Response:
         self._backend.request_shutdown()

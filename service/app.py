@@ -43,7 +43,7 @@ from ..vm.lifecycle import Phase
 from ..vm.mixing import MeasuredCost
 from ..vm.modes import ModeDecision, ModeRefusal, plan
 from ..vm.worker.protocol import WorkerSpec
-from .backend import Action, NotFound, ServiceError, Unusable
+from .backend import Action, Conflict, NotFound, ServiceError, Unusable
 from .children import open_zygote
 from .loans import Loans
 from .machine import Machine, MachineContext
@@ -407,6 +407,14 @@ class Service:
         if self._scheduler is None:
             raise ServiceError("the service is starting; try again")
         return self._scheduler.recording("asked for", seconds)
+
+    async def record_inputs(self, seconds: float) -> Iterator[str]:
+        if self._scheduler is None:
+            raise ServiceError("the service is starting; try again")
+        try:
+            return await self._scheduler.record_inputs(seconds)
+        except ValueError as error:
+            raise Conflict(str(error)) from error
 
     def snapshot(self) -> Snapshot:
         now = time.monotonic()

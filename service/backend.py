@@ -6,7 +6,7 @@ it, and tests put a fake in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 from ..metrics.mixing.result import MixingResult
@@ -74,6 +74,10 @@ class Backend(Protocol):
 
     async def set_parameters(self, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
         """Change a VM's weight, cap, reservation, latency or cpus; all as in force. Raises ServiceError."""
+        ...
+
+    async def record_inputs(self, seconds: float) -> Iterator[str]:
+        """What run queues are told and answer from now on for so long, JSON lines. Raises ServiceError."""
         ...
 
     def recording(self, seconds: float | None) -> PackedRecording:

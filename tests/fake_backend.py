@@ -9,11 +9,12 @@ hand and in tests that need a real process. `python -P tests/fake_backend.py com
 from __future__ import annotations
 
 import base64
+import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from mixvisor.metrics.snapshot import (
     VmSnapshot,
     WarningSnapshot,
 )
+from mixvisor.sched.inputs import FORMAT
 from mixvisor.sched.recorder import FlightRecorder, PackedRecording
 from mixvisor.sched.shared import SliceRecord
 from mixvisor.service.backend import Action, Conflict, Denied, NotFound, TimedOut
@@ -188,6 +190,11 @@ class FakeBackend:
             vm = self.parameters[name] = changed_vm(
                 vm, change, others=(), vm_cpus=(1,), limits=HostLimits((0, 1), 8 << 30))
         return {key: getattr(vm, key) for key in PARAMETERS}
+
+    async def record_inputs(self, seconds: float) -> Iterator[str]:
+        head = {"mixvisor_inputs": FORMAT, "policy": "fair", "slice_ns": 5_000_000, "ratelimit_ns": 0,
+                "batching": {}, "order": {}}
+        return iter([json.dumps(head), '[1,"add",[0,1.0,0,0,0],null]', '[1,"pick",[null],0]'])
 
     def recording(self, seconds: float | None) -> PackedRecording:
         """Two VMs in turn on CPU 1, 10 ms each, for a second."""

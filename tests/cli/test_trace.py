@@ -86,3 +86,23 @@ def test_impossible_seconds_are_refused_by_the_service(service, path):
             answer = http.get(f"/v1/recording?seconds={text}")
             assert answer.status_code == 422
             assert "seconds is a number above 0" in answer.json()["error"]["message"]
+
+
+def test_inputs_are_recorded_and_replayed_with_the_same_answers(run, service, tmp_path):
+    target = tmp_path / "inputs.jsonl"
+    result = run("trace", "--inputs", "--seconds", "0.2", "-o", str(target))
+    assert result.exit_code == 0, result.output
+    assert "simulate --replay" in result.output
+    assert len(target.read_text().splitlines()) == 3
+    replayed = run("simulate", "--replay", str(target))
+    assert replayed.exit_code == 0, replayed.output
+    assert "1 decisions of fair on 1 host CPU, 2 calls: all answers as recorded" in replayed.output
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("--inputs", "--raw"), "leave out --raw"), (("--inputs", "--seconds", "99"), "from 0.1 to 20; found 99"),
+])
+def test_inputs_that_cannot_be_had_are_refused(run, service, tmp_path, arguments, says):
+    result = run("trace", *arguments, "-o", str(tmp_path / "x"))
+    assert result.exit_code != 0
+    assert says in result.output

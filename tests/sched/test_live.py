@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable
 
 import pytest
+import trio
 
 from mixvisor.sched.policy import Batching
 from mixvisor.sched.policy.kernel import nice_of
+from mixvisor.sched.simulate import replay
 from mixvisor.sched.supervisor import AdmissionRefused
+from mixvisor.vm.worker.status import Phase
 
 from .conftest import CPU, Spawner, Spinner, until
 from .test_scheduler import scheduling, thread
@@ -73,3 +76,45 @@ async def test_parameters_change_together_or_not_at_all(spawner: Spawner, spinne
         await until(lambda: scheduler.figures("two").entitled_share == pytest.approx(0.4), 20)
         with pytest.raises(AdmissionRefused, match="not scheduled"):
             await scheduler.set_parameters("three", weight=1)
+
+
+async def test_what_a_running_scheduler_decided_is_decided_again_in_the_simulator(
+    spawner: Spawner, spinners: Make,
+) -> None:
+    """Recorded in the midst of things: a cap, a sleeper, changes of weight, class and policy while it runs."""
+    ours = spinners(4)
+    async with scheduling(spawner, "gentle") as scheduler:
+        for number, (spinner, mode) in enumerate(zip(ours, ("software", "hardware") * 2, strict=True)):
+            await scheduler.admit(thread(spinner, f"vm{number}", 100 * (number + 1), mode=mode))
+        await scheduler.set_parameters("vm1", cap=0.2)
+        await until(lambda: all(v.slices > 2 for v in scheduler.statistics().vcpus), 20)
+        lines: list[str] = []
+
+        async def note() -> None:
+            lines.extend(await scheduler.record_inputs(1.2))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(note)
+            await trio.sleep(0.3)
+            ours[0].page.set("phase", Phase.SLEEPING)
+            await scheduler.set_parameters("vm2", weight=50, latency="low")
+            await trio.sleep(0.3)
+            ours[0].page.set("phase", Phase.RUNNING)
+            await scheduler.set_policy("batch", batching=Batching(batch_ns=8_000_000))
+        before = scheduler.statistics().vcpus
+        await until(lambda: all(
+            new.run_ns > old.run_ns for new, old in zip(scheduler.statistics().vcpus, before, strict=True)), 20)
+        assert scheduler.statistics().errors == {}
+    found = replay(lines)
+    assert found.differing == 0, found.first
+    assert found.decisions > 50
+    assert sum('"begin"' in line for line in lines) >= 2           # at the start, and with the other policy
+    wrong = [line.replace('"pick",[null]', '"pick",[0]') for line in lines]
+    index = next(n for n, line in enumerate(wrong) if '"charge"' in line)
+    assert replay([*wrong[:index], *wrong[index + 1:]]).differing > 0
+
+
+async def test_where_the_kernel_decides_there_are_no_inputs_to_record(spawner: Spawner) -> None:
+    async with scheduling(spawner, "plain", policy="kernel") as scheduler:
+        with pytest.raises(ValueError, match="the kernel takes the decisions"):
+            await scheduler.record_inputs(0.1)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixvisor.sched.policy import POLICIES
+from mixvisor.sched.policy import POLICIES, Order
+from mixvisor.sched.policy.state import restore, state_of
 from mixvisor.sched.simulate import ReplayError, Simulation, replay
 
 from .test_simulation import VM, scenario
@@ -75,3 +76,57 @@ def test_settings_of_no_policy_are_refused() -> None:
                          ({"batching": {"x": 1}}, "cannot be used")):
         with pytest.raises(ReplayError, match=says):
             replay([json.dumps({**head, **change})])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["charge", "sleep", "wake", "rate", "cap", "latency", "pick", "advance"]),
+                          st.integers(0, 4), st.integers(1, 9_000_000)), max_size=120),
+       st.sampled_from(["fair", "batch"]), st.integers(0, 100))
+def test_a_queue_restored_from_its_state_answers_as_it_does_itself(
+    steps: list[tuple[str, int, int]], policy: str, at: int,
+) -> None:
+    def do(queue: Any, step: tuple[str, int, int]) -> object:
+        what, slot, number = step
+        if what == "pick":
+            return queue.pick(queue._current), [queue.lag_ns(s) for s in range(5)]
+        if what == "advance":
+            return queue.advance(number), queue.unpark_in_ns(), [queue.take_capped_ns(s) for s in range(5)]
+        if what in ("sleep", "wake"):
+            return getattr(queue, what)(slot), queue.barred_ns(slot)
+        if what == "charge":
+            return queue.charge(slot, number)
+        if what == "latency":
+            return queue.set_latency(slot, number % 3)
+        return queue.set_rate(slot, number / 2e7) if what == "rate" else queue.set_cap(slot, number % 3 / 4)
+
+    def empty() -> Any:
+        return POLICIES[policy].runqueue(5_000_000, 500_000, None, Order(jitter_ns=1_000_000, seed=3))
+
+    one = empty()
+    for slot in range(5):
+        one.add(slot, (slot + 1) / 15, 0, slot % 2, slot % 3)
+    for step in steps[:at]:
+        do(one, step)
+    other = empty()
+    restore(other, json.loads(json.dumps(state_of(one))))
+    for step in steps[at:]:
+        assert do(one, step) == do(other, step)
+    assert state_of(one) == state_of(other)
+
+
+@pytest.mark.parametrize(("state", "says"), [
+    ({}, "needs a list of entries"), ({"entries": [1]}, "an entry is a table"),
+    ({"entries": [{"slot": 1}]}, "must be a whole number"),
+    (None, "state cannot be used"),
+])
+def test_a_state_that_no_queue_could_have_is_refused_with_its_line(state: object, says: str) -> None:
+    head = recorded([{}], 1, "fair", 0.01)[0]
+    begin = json.dumps([0, "begin", ["fair", 5_000_000, 0, {}, {}, state], None])
+    with pytest.raises(ReplayError, match="line 2: .*" + says):
+        replay([head, begin])
+
+
+def test_what_follows_an_end_is_refused() -> None:
+    head = recorded([{}], 1, "fair", 0.01)[0]
+    with pytest.raises(ReplayError, match="line 3: pick after the end"):
+        replay([head, '[0,"end",[],null]', '[0,"pick",[null],null]'])
