@@ -141,6 +141,7 @@ class Client:
 
     def keep_mixing(self, result: dict[str, Any]) -> None:
         self._call("POST", "/v1/mixing", result)
+
     def record_inputs(self, seconds: float) -> str:
         """What run queues are told and answer for so long, as JSON lines (sched/tape.py)."""
         response = self._answer("POST", "/v1/inputs", {"seconds": seconds})
