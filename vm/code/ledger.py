@@ -68,16 +68,18 @@ class Ledger:
     def __init__(self, memory: mmap.mmap, where: Callable[[], int], state: Callable[[], CpuState], *,
                  blocks: bool = False) -> None:
         self._memory = memory
-        self._blocks = blocks
-        self._where = where
-        self._state = state
-        # For each reason, at and behind: by address as the engine gives it.
-        self._sites: tuple[dict[int, Site], ...] = tuple({} for _ in range(2 * len(EXIT_KINDS)))
+        self.attach(where, state, blocks=blocks)
         self._known = 0
         self._places: dict[tuple[int, int], Site] = {}                  # by those of the instruction
-        self._side: dict[int, bool] = {}            # by reason: whether the engine stands behind the instruction
         self._rest: dict[int, Site] = {}
         self._last: deque[Site] = deque(maxlen=LAST)
+
+    def attach(self, where: Callable[[], int], state: Callable[[], CpuState], *, blocks: bool) -> None:
+        """Another engine goes on: which side of an instruction it stands on is learnt anew, places are kept."""
+        self._where, self._state, self._blocks = where, state, blocks
+        # For each reason, at and behind: by address as the engine gives it.
+        self._sites: tuple[dict[int, Site], ...] = tuple({} for _ in range(2 * len(EXIT_KINDS)))
+        self._side: dict[int, bool] = {}            # by reason: whether the engine stands behind the instruction
 
     def note(self, kind: int, *, behind: bool = False, port: int | None = None) -> None:
         """An exit of this kind happened here, at a port access to *port*.

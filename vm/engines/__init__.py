@@ -1,27 +1,32 @@
 """The micro-VM engines by name, each behind the `Cpu` of `base`.
 
-`ENGINES[name](memory, bus, exits, rom)` makes a vCPU or raises `HostLimit` (the host lacks
+`ENGINES[name](memory, bus, exits, rom, device)` makes a vCPU or raises `HostLimit` (the host lacks
 something) or `EngineError`, with a text that says what to do.  An engine's libraries are
 imported only when it is asked for: a host without Unicorn still runs `kvm` guests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from . import cpuid
 from .base import Bus, Cpu, EngineError
+from .tsc import read_tsc
 
-__all__ = ["ENGINES", "create", "create_several"]
+__all__ = ["ENGINES", "create", "create_several", "prepare"]
 
 
-def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:
+def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
+         device: int | None = None) -> Cpu:
     from .kvm.engine import create
-    return create(memory, bus, exits, rom=rom)
+    return create(memory, bus, exits, device, rom)
 
 
-def _software(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:
+def _software(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
+              device: int | None = None) -> Cpu:
     try:
         from .software.engine import create
     except ImportError as error:
@@ -38,6 +43,23 @@ ENGINES: Final[Mapping[str, Callable[..., Cpu]]] = {
 }
 
 
+def prepare() -> None:
+    """Import every engine and find out what each needs to know, once a process: afterwards `create` opens no file.
+
+    An engine that cannot be had is told by `create`.
+    """
+    with contextlib.suppress(EngineError, ImportError):
+        from .kvm import engine as _engine
+        from .kvm.errors import what_kvm_is
+        _ = _engine
+        what_kvm_is()
+    with contextlib.suppress(EngineError, ImportError):
+        from .software.quirks import found_layout
+        found_layout()
+    cpuid.vendor()
+    read_tsc()
+
+
 def create_several(
     name: str, memory: mmap.mmap, buses: Sequence[Bus], exits: Sequence[memoryview], rom: mmap.mmap | None = None,
 ) -> Sequence[Cpu]:
@@ -48,8 +70,12 @@ def create_several(
     return create_several(memory, buses, exits, rom=rom)
 
 
-def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> Cpu:
-    """A vCPU of the engine *name*. See `base.Cpu` for the arguments."""
+def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
+           device: int | None = None) -> Cpu:
+    """A vCPU of the engine *name*. See `base.Cpu` for the arguments.
+
+    *device*: /dev/kvm for the engine `kvm` where the caller may not open it; it is closed by this.
+    """
     if name not in ENGINES:
         raise EngineError(f"no engine {name!r}: there are {', '.join(ENGINES)}")
-    return ENGINES[name](memory, bus, exits, rom)
+    return ENGINES[name](memory, bus, exits, rom, device)

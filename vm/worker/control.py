@@ -55,12 +55,13 @@ class Control:
         self._writable = select.poll()
         self._writable.register(fd, select.POLLOUT)
         self.gone = False
+        self._descriptor: int | None = None
 
     def requests(self) -> Iterator[dict[str, Any]]:
         """Every packet that has come. What is no request is dropped: nobody could be answered."""
         while not self.gone:
             try:
-                packet = self._socket.recv(MAX_PACKET)
+                packet, fds, _flags, _from = socket.recv_fds(self._socket, MAX_PACKET, 1)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -69,12 +70,22 @@ class Control:
             if not packet:
                 self.gone = True
                 return
+            self._descriptor = fds[0] if fds else None
             try:
                 request = json.loads(packet)
             except ValueError:
-                continue
+                request = None
             if isinstance(request, dict) and isinstance(request.get("id"), int):
                 yield request
+            if self._descriptor is not None:
+                os.close(self._descriptor)             # nobody wanted it
+
+    def descriptor(self) -> int:
+        """The one that came with the present request, from now on the caller's. Raises ValueError without one."""
+        fd, self._descriptor = self._descriptor, None
+        if fd is None:
+            raise ValueError("this request needs a descriptor")
+        return fd
 
     def send(self, packet: dict[str, Any]) -> None:
         data = json.dumps(packet, separators=(",", ":")).encode()

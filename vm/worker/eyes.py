@@ -35,11 +35,10 @@ class Eyes:
 
     def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage, post_codes: Iterable[int]) -> None:
         self._memory = memory
-        self._cpu = cpu
         self._status = status
         self._post_codes = post_codes
         self.ledger = Ledger(memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block")
-        cpu.watch = self.ledger.note
+        self.attach(cpu)
         self._sampler: Sampler | None = None
         self._sampling = False
         self._until_ns = 0
@@ -49,6 +48,12 @@ class Eyes:
             "where": lambda _request: self.where(), "exits": self._exits, "profile": self._profile,
             "profile-end": self._profile_end,
         }
+
+    def attach(self, cpu: Cpu) -> None:
+        """Another vCPU goes on in place of the one so far."""
+        self._cpu = cpu
+        self.ledger.attach(cpu.where, cpu.get_state, blocks=cpu.stops_at == "block")
+        cpu.watch = self.ledger.note
 
     # -- where it stands ---------------------------------------------------------------------
 

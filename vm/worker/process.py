@@ -12,6 +12,10 @@ interrupts is left alone.
 
 A guest in HLT sleeps until an interrupt asks; one that waits in a BIOS call takes interrupts, too.
 
+Another engine may take over at any such moment (`_mode`): it gets the vCPU's whole state over the same memory and under
+the same machine, and the guest goes on where it was.  A saved VM is built like any other but over a memory that is
+filled already; its state is read behind the sandbox, because a file is as hostile as a guest.
+
 Invariants.
 - The phase word of the status page says what the thread does; SLEEPING and PAUSED mean that
   it is in poll().
@@ -25,10 +29,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import mmap
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +43,7 @@ from typing import Any, Final
 
 from .. import engines, guests
 from ..code import decode
-from ..engines import entry, kick
+from ..engines import entry, kick, portable
 from ..engines.base import (
     RAX,
     RDX,
@@ -77,6 +83,7 @@ ALARM_MIN_S: Final = 50e-6                        # a guest may ask for a tick e
 INTERRUPT_FLAG: Final = 0x200
 BIOS_MEMORY_BYTES: Final = 1 << 20
 WARM_MEMORY_BYTES: Final = 1 << 20
+STATE_MAX_BYTES: Final = 1 << 20                  # of vCPU and devices as JSON; some 20 KiB are usual
 ROM_MAX_BYTES: Final = 256 << 10                  # what the engines have room for
 ROM_COPY_BYTES: Final = 128 << 10                 # of a ROM's end, seen below 1 MiB too
 
@@ -107,7 +114,8 @@ class Worker:
         self._spec, self._control, self._raw, self._status = spec, control, memory, status
         self._image_fds = image_fds
         self._clock = clock or HostClock()
-        self._memory = GuestMemory(memory)
+        # What a fresh machine writes into memory (ROM, vectors) must not meet a restored one's.
+        self._memory = GuestMemory(mmap.mmap(-1, len(memory)) if spec.restored else memory)
         self._paused = spec.started_paused
         self._asked = False                       # to stop
         self._halted = False                      # behind a HLT that nothing has ended yet
@@ -120,15 +128,16 @@ class Worker:
             "pause": self._pause, "resume": self._resume, "stop": self._stop,
             "screen": self._screen, "keys": self._keys, "serial": self._serial,
             "serial-input": self._serial_input, "registers": lambda _request: self._registers(),
-            "calls": self._calls,
+            "calls": self._calls, "mode": self._mode, "state": self._state,
         }
         disks = self._load()
-        rom = self._load_rom() if spec.boot == "rom" else None
+        self._rom = self._load_rom() if spec.boot == "rom" else None
+        self._engine = spec.engine
         fw_cfg = FirmwareConfig(spec.memory_bytes, spec.vcpus) if spec.boot == "multiboot" else None
         self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm, post_ports=spec.post_ports,
                                fw_cfg=fw_cfg)
         try:
-            self.cpu, *self._others = self._make_cpus(rom)
+            self.cpu, *self._others = self._make_cpus(self._rom)
         except HostLimit as error:
             raise StartFailed("host-busy" if error.busy else "host-limit", str(error)) from error
         except EngineError as error:
@@ -136,6 +145,9 @@ class Worker:
         self.machine.attach(self.cpu)
         self.eyes = Eyes(memory, self.cpu, status, self.machine.post_codes)
         self._requests |= self.eyes.requests
+        if spec.restored:
+            self._memory.raw = memory
+            return
         self.cpu.set_state(self._first_state())
         if self._others:
             try:
@@ -257,6 +269,78 @@ class Worker:
         for fd in self._image_fds:
             os.close(fd)
         return state
+
+    # Saved, restored, moved to another engine.
+
+    def _mode(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Go on in another engine. Until the new one has all of the state, nothing of the old one is touched."""
+        begun = time.perf_counter_ns()
+        engine = str(request["engine"])
+        if engine not in engines.ENGINES:
+            raise ValueError(f"no engine {engine!r}")
+        if engine == self._engine:
+            return {"engine": engine, "changed": False, "stop_ns": 0}
+        try:
+            whole = self.cpu.get_whole()
+            why = portable.why_not(whole, engine, str(request.get("technology", "")))
+            if why is not None:
+                return {"refused": why}
+            device = self._control.descriptor() if engine == "kvm" else None
+            new = engines.create(engine, self._raw, self.machine, self._status.exits, self._rom, device)
+        except EngineError as error:
+            return {"refused": str(error)}
+        try:
+            new.set_whole(whole)
+        except EngineError as error:
+            new.close()
+            return {"refused": str(error)}
+        old, self.cpu, self._engine = self.cpu, new, engine
+        self.machine.attach(new)
+        self.eyes.attach(new)
+        new.kick()                                # one that came meanwhile may have met the old engine
+        old.close()
+        return {"engine": engine, "changed": True, "stop_ns": time.perf_counter_ns() - begun}
+
+    def _state(self, _request: dict[str, Any]) -> dict[str, Any]:
+        """The vCPU and the devices into a file. Memory is the supervisor's to copy: nobody writes to it now."""
+        if not self._paused:
+            raise ValueError("only a paused VM can be saved")
+        fd = self._control.descriptor()
+        try:
+            cpu = portable.to_plain(self.cpu.get_whole())
+            data = json.dumps({"cpu": cpu, "machine": self.machine.capture(), "halted": self._halted}).encode()
+            if len(data) > STATE_MAX_BYTES:
+                raise EngineError(f"its state would have {len(data)} bytes")     # no device grows like that
+            done = 0
+            while done < len(data):
+                done += os.write(fd, data[done:])
+        except EngineError as error:
+            return {"refused": str(error)}
+        finally:
+            os.close(fd)
+        return {"bytes": len(data)}
+
+    def restore(self, fd: int) -> None:
+        """Go on from what `state` wrote. Raises StartFailed."""
+        try:
+            data = os.pread(fd, STATE_MAX_BYTES + 1, 0)
+            os.close(fd)
+            if len(data) > STATE_MAX_BYTES:
+                raise portable.BadState("it is too long")
+            state = json.loads(data)
+            if not isinstance(state, dict) or state.keys() != {"cpu", "machine", "halted"}:
+                raise portable.BadState("it has not the parts that it must have")
+            whole = portable.from_plain(state["cpu"])
+            why = portable.why_not(whole, self._engine, self._spec.technology)
+            if why is not None:
+                raise StartFailed("state", f"it cannot go on in this mode: {why}")
+            self.cpu.set_whole(whole)
+            self._halted = state["halted"] is True
+            self.machine.restore(state["machine"])
+        except (ValueError, RecursionError) as error:
+            raise StartFailed("state", f"what was saved is no state of such a VM: {error}") from error
+        except EngineError as error:
+            raise StartFailed("state", f"the saved state cannot be gone on from: {error}") from error
 
     # Life.
 
@@ -530,7 +614,7 @@ def main(spec: WorkerSpec, fds: list[int]) -> int:
         status = StatusPage(fds[2], writable=True)
         status.set("phase", Phase.STARTING)
         memory = mmap.mmap(fds[1], spec.memory_bytes)
-        worker = Worker(spec, control, memory, status, fds[3:])
+        worker = Worker(spec, control, memory, status, fds[3:-1] if spec.restored else fds[3:])
     except StartFailed as error:
         return _failed(control, error.code, str(error))
     except Exception as error:
@@ -540,7 +624,13 @@ def main(spec: WorkerSpec, fds: list[int]) -> int:
                        f"the worker could not start ({type(error).__name__}: {error})")
     # Everything is open, mapped and imported: no need for the outside world any more.
     largest = max((disk.end_bytes for disk in worker.machine.disks), default=0)
+    engines.prepare()
     achieved = sandbox.enter(largest) if spec.sandbox else ["not: anything (switched off)"]
+    if spec.restored:
+        try:
+            worker.restore(fds[-1])
+        except StartFailed as error:
+            return _failed(control, error.code, str(error))
     control.send({"event": "started", "sandbox": achieved, "engine": spec.engine, "threads": worker.begin()})
     ending = worker.live()
     status.set("phase", Phase.ENDED)

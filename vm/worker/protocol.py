@@ -25,6 +25,10 @@ address, text], ...], post: [code, ...]} (the code around CS:RIP; the newest exi
 `profile` {hz: int, duration_s: number} -> {} (starts), `profile-end` -> {samples, rings, modes, hot, code, ...}
 (vm/worker/eyes.py).
 
+`mode` {engine, technology} with /dev/kvm as its descriptor where the engine is `kvm` -> {engine, changed, stop_ns} or
+{refused: why}, and then nothing has changed; `state` with a file as its descriptor, into which a paused worker writes
+the vCPU and the devices as JSON -> {bytes: n} or {refused: why} (vm/worker/process.py).
+
 The worker's packets are the words of a process that runs hostile code: the supervisor checks
 types and lengths and ends a worker that talks nonsense.
 """
@@ -55,7 +59,7 @@ class Ending:
     reason: str                       # one sentence for a person
     # Stable. Stopped: asked, exit-port, halted, reset, no-boot. Crashed: triple-fault, host-limit,
     # guest-error, unsupported, engine, internal. Failed: memory, image, host-limit, host-busy
-    # (another hypervisor holds VT-x or AMD-V), engine, start.
+    # (another hypervisor holds VT-x or AMD-V), engine, state (of a saved VM), start.
     code: str
     exit_code: int | None = None
     instruction: str | None = None    # capstone's text of the instruction at RIP
@@ -79,7 +83,7 @@ class WorkerSpec:
     """What a worker is started with (JSON), beside these descriptors, in this order:
     control socket, guest memory memfd, status memfd, and then the flat image (read-only; -1 where the image is a
     built-in guest), or the descriptors of the disks, the one that it boots from first, or a multiboot kernel and its
-    modules.
+    modules. With `restored`, guest memory is filled already and the last descriptor is what `state` wrote.
     """
 
     name: str
@@ -98,6 +102,8 @@ class WorkerSpec:
     pokes: list[tuple[int, int]] = field(default_factory=list)  # (address, u64) before start
     sandbox: bool = True                      # nobody, namespaces, seccomp as far as permitted
     started_paused: bool = False
+    restored: bool = False
+    technology: str = ""                      # of the host (vm/modes.py), for what its KVM cannot go on from
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

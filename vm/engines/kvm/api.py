@@ -91,7 +91,10 @@ class Kvm:
         return table
 
     def close(self) -> None:
-        os.close(self.fd)
+        """Its VM lives on. Harmless when closed already."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Vm:

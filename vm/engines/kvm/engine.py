@@ -148,6 +148,8 @@ class KvmCpu:
         except BaseException:
             self._kvm.close()
             raise
+        if count == 1:
+            self._kvm.close()                   # a worker needs no way to make further VMs
 
     def _build(self, memory: mmap.mmap, rom: mmap.mmap | None) -> None:
         """The VM. Raises OSError too."""
@@ -429,6 +431,8 @@ class KvmCpu:
     def get_whole(self) -> WholeState:
         """`run` has returned, so no port instruction is half done (see "Leaving" above)."""
         vcpu = self._vcpu
+        if self._several:
+            raise EngineError("a VM with several vCPUs has local APICs, which cannot be carried yet")
         try:
             if vcpu.get_special().cr8:
                 raise EngineError("the guest has set a task priority (CR8), which only a local APIC would heed")
