@@ -51,11 +51,13 @@ def prepare() -> None:
     with contextlib.suppress(EngineError, ImportError):
         from .kvm import engine as _engine
         from .kvm.errors import what_kvm_is
-        _ = _engine
         what_kvm_is()
     with contextlib.suppress(EngineError, ImportError):
-        from .software.quirks import found_layout
+        from .software import engine as _engine
+        from .software.quirks import found_layout, installed_version
+        installed_version()
         found_layout()
+    _ = _engine
     cpuid.vendor()
     read_tsc()
 

@@ -15,10 +15,12 @@ returns what was achieved, in words, and the VM's `started` event carries them:
 5. no_new_privs;
 6. a seccomp filter: an allow-list of system calls. Everything else is EPERM (Python survives that
    and reports), a call of another architecture kills. ioctl only with KVM's type byte, clone
-   only for threads, tgkill only to this process, prctl not at all.
+   only for threads, tgkill only to this process, fcntl only to copy a descriptor (Python's mmap of a vCPU does),
+   prctl not at all.
 
 Invariants.  Descriptors that are needed are open before `enter` and stay usable: /dev/kvm's
-are checked by KVM against the address space, not the user.  Nothing is imported after it.
+are checked by KVM against the address space, not the user.  A worker in software mode has no way to KVM: for a change
+of mode it is handed /dev/kvm and closes it when it has its one VM.  Nothing is imported after `enter`.
 Order matters: users and namespaces need the privileges that later steps take away.
 
 Sources: seccomp(2), capabilities(7), linux/audit.h, linux/filter.h, asm/unistd_64.h.
@@ -71,7 +73,8 @@ ALLOWED: Final = {
     "clock_nanosleep": 230, "exit_group": 231, "ppoll": 271, "set_robust_list": 273,
     "getrandom": 318, "membarrier": 324, "rseq": 334,
 }
-_CLONE, _IOCTL, _TGKILL, _CLONE3 = 56, 16, 234, 435
+_CLONE, _IOCTL, _TGKILL, _CLONE3, _FCNTL = 56, 16, 234, 435, 72
+_F_DUPFD_CLOEXEC: Final = 1030
 
 
 def _op(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
@@ -91,6 +94,8 @@ def compile_filter(pid: int) -> bytes:
         _op(_LD, _ARG0), _op(_JSET, _CLONE_THREAD, 0, 1), allow, refuse,
         _op(_JEQ, _TGKILL, 0, 4),
         _op(_LD, _ARG0), _op(_JEQ, pid, 0, 1), allow, refuse,
+        _op(_JEQ, _FCNTL, 0, 4),
+        _op(_LD, _ARG1), _op(_JEQ, _F_DUPFD_CLOEXEC, 0, 1), allow, refuse,
         # glibc falls back to clone, whose flags can be seen.
         _op(_JEQ, _CLONE3, 0, 1), _op(_RET, _RET_ERRNO | errno.ENOSYS),
     ]

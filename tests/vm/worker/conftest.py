@@ -22,6 +22,7 @@ import pytest
 
 from mixvisor.vm.engines import kick
 from mixvisor.vm.engines.base import RAX, RBP, RBX, RCX, RDI, RDX, RIP, RSI, RSP, CpuState
+from mixvisor.vm.host import HostFacts
 from mixvisor.vm.worker import process
 from mixvisor.vm.worker.devices.disk import Disk
 from mixvisor.vm.worker.machine import Machine
@@ -29,6 +30,7 @@ from mixvisor.vm.worker.memory import GuestMemory
 from mixvisor.vm.worker.protocol import MAX_PACKET, WorkerSpec
 from mixvisor.vm.worker.status import STATUS_SIZE, Phase, StatusPage
 
+TECHNOLOGY = HostFacts.read().technology
 ENGINES = ("software", pytest.param("kvm", marks=pytest.mark.kvm))
 PATIENCE_S = 60          # a loaded machine is slow; nothing here waits that long when it is well
 
@@ -177,9 +179,15 @@ def bench() -> Iterator[Callable[..., BiosBench]]:
 class RunningWorker:
     """A forked worker and the supervisor's end of its socket. It dies with the test, always."""
 
-    def __init__(self, spec: WorkerSpec, image: bytes | None, module_files: Sequence[bytes] = ()) -> None:
+    def __init__(self, spec: WorkerSpec, image: bytes | None, module_files: Sequence[bytes] = (),
+                 saved: tuple[bytes, bytes] | None = None) -> None:
         self.memory_fd = os.memfd_create("memory")
         os.ftruncate(self.memory_fd, spec.memory_bytes)
+        state_fds: list[int] = []
+        if saved is not None:
+            os.pwrite(self.memory_fd, saved[0], 0)
+            state_fds = [os.memfd_create("state")]
+            os.pwrite(state_fds[0], saved[1], 0)
         status_fd = os.memfd_create("status")
         os.ftruncate(status_fd, STATUS_SIZE)
         image_fd = -1
@@ -197,7 +205,7 @@ class RunningWorker:
             code = 70
             try:
                 signal.alarm(2 * PATIENCE_S)     # until the worker takes SIGALRM for itself
-                fds = [theirs.fileno(), self.memory_fd, status_fd, image_fd, *module_fds]
+                fds = [theirs.fileno(), self.memory_fd, status_fd, image_fd, *module_fds, *state_fds]
                 code = process.spawned(json.loads(json.dumps(spec.to_json())), fds)
             finally:
                 os._exit(code)
@@ -208,7 +216,7 @@ class RunningWorker:
         self.link.settimeout(PATIENCE_S)
         self.status = StatusPage(status_fd, writable=False)
         self.memory = mmap.mmap(self.memory_fd, spec.memory_bytes)
-        for fd in (status_fd, image_fd, *module_fds):
+        for fd in (status_fd, image_fd, *module_fds, *state_fds):
             if fd >= 0:
                 os.close(fd)
         self._next = 0
@@ -227,9 +235,10 @@ class RunningWorker:
     def kick(self) -> None:
         os.kill(self.pid, signal.SIGUSR1)
 
-    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, op: str, *, descriptor: int | None = None, **arguments: Any) -> dict[str, Any]:
         self._next += 1
-        self.link.send(json.dumps({"id": self._next, "op": op, **arguments}).encode())
+        packet = json.dumps({"id": self._next, "op": op, **arguments}).encode()
+        socket.send_fds(self.link, [packet], [] if descriptor is None else [descriptor])
         self.kick()
         while True:
             packet = self._receive()
@@ -237,6 +246,27 @@ class RunningWorker:
                 return packet
             self.events.append(packet)
             assert packet.get("event") not in ("ended", "failed"), packet
+
+    def move(self, engine: str) -> dict[str, Any]:
+        """Go on in the other engine, /dev/kvm handed over where it is that."""
+        device = os.open("/dev/kvm", os.O_RDWR) if engine == "kvm" else None
+        try:
+            return self.ask("mode", engine=engine, technology=TECHNOLOGY, descriptor=device)
+        finally:
+            if device is not None:
+                os.close(device)
+
+    def saved(self) -> bytes:
+        """What a paused worker says of its vCPU and devices."""
+        fd = os.memfd_create("state")
+        try:
+            answer = self.ask("state", descriptor=fd)
+            assert answer.get("ok"), answer
+            data = os.pread(fd, 1 << 21, 0)
+            assert len(data) == answer["bytes"]
+            return data
+        finally:
+            os.close(fd)
 
     def event(self, name: str) -> dict[str, Any]:
         """Wait for an event."""
@@ -297,9 +327,11 @@ def start() -> Iterator[Callable[..., RunningWorker]]:
     made: list[RunningWorker] = []
 
     def make(engine: str, image: bytes | None = None, *, module_files: Sequence[bytes] = (),
-             **fields: Any) -> RunningWorker:
+             saved: tuple[bytes, bytes] | None = None, **fields: Any) -> RunningWorker:
+        """`saved`: memory and state to go on from."""
         fields = {"name": "guest", "memory_bytes": 2 << 20, "boot": "flat", **fields}
-        made.append(RunningWorker(WorkerSpec(engine=engine, **fields), image, module_files))  # type: ignore
+        spec = WorkerSpec(engine=engine, restored=saved is not None, technology=TECHNOLOGY, **fields)  # type: ignore
+        made.append(RunningWorker(spec, image, module_files, saved))
         return made[-1]
 
     yield make

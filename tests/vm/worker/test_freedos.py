@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
+import signal
 import time
 
 import pytest
@@ -67,15 +68,26 @@ class Operator:
         self._requests = []
         self._deadline = time.monotonic() + PATIENCE_S
         self.worker = None
+        self.move_every = self.moves = self.turns = 0
 
     def requests(self):
+        self.turns += 1
+        if self.move_every and self.turns % self.move_every == 0:
+            self._requests.append({"id": 0, "op": "mode", "engine": ("kvm", "software")[self.moves % 2]})
         assert time.monotonic() < self._deadline, f"not done in {PATIENCE_S} s: {self.worker.machine.screen()}"
         pending, self._requests = self._requests, []
         return pending
 
     def send(self, packet):
         assert packet["ok"], packet
-        self.answers.append(packet["id"])
+        if packet["id"] == 0:
+            assert packet.get("changed"), packet
+            self.moves += 1
+        else:
+            self.answers.append(packet["id"])
+
+    def descriptor(self):
+        return os.open("/dev/kvm", os.O_RDWR)
 
     def wait(self, seconds):
         screen = self.worker.machine.screen()
@@ -104,8 +116,11 @@ class Life:
     guest_time_ns: int
 
 
-def boot_and_type(engine, disk, *commands, overlay_fd=None):
-    """A whole worker but for its socket and its sandbox, run to the end of the commands in this process."""
+def boot_and_type(engine, disk, *commands, overlay_fd=None, move_every=0):
+    """A whole worker but for its socket and its sandbox, run to the end of the commands in this process.
+
+    With `move_every` it goes on in the other engine at every so many stops, whatever they are for; the number of moves.
+    """
     kick.install()
     memory_bytes = 2 << 20
     memory = mmap.mmap(-1, memory_bytes)
@@ -120,17 +135,32 @@ def boot_and_type(engine, disk, *commands, overlay_fd=None):
     overlays = [] if overlay_fd is None else [overlay_fd]
     worker = Worker(spec, operator, memory, status, [fds[1], *overlays], clock)
     operator.worker = worker
+    operator.move_every = move_every
+    if move_every:
+        signal.setitimer(signal.ITIMER_PROF, 0.002, 0.002)         # stops at whatever the guest is doing
     try:
         ending = worker.live()
         assert (ending.fate, ending.code) == ("stopped", "asked"), ending
         screen, bios = worker.machine.screen(), worker.machine.bios
-        return Life(tuple(row.rstrip() for row in screen.rows), dict(bios.calls), list(bios.trace),
+        life = Life(tuple(row.rstrip() for row in screen.rows), dict(bios.calls), list(bios.trace),
                     status.get("disk_read_bytes"), clock.monotonic_ns())
+        return (life, operator.moves) if move_every else life
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         worker.close()
         status.close()
         for fd in fds:
             os.close(fd)
+
+
+@pytest.mark.slow
+@pytest.mark.kvm
+def test_freedos_moved_between_the_engines_all_the_time_does_what_it_does_without(guests):
+    disk = image(guests, "freedos-1.4M.img")
+    moved, moves = boot_and_type("software", disk, "ver", move_every=5)
+    assert moves >= 40
+    assert moved == boot_and_type("software", disk, "ver")
+    assert any("FreeCom version" in row for row in moved.screen)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 from mixvisor.vm.worker import sandbox
 
 ATTEMPTS = r'''
-import ctypes, errno, json, mmap, os, resource, select, signal, socket, sys, threading, time
+import ctypes, fcntl, errno, json, mmap, os, resource, select, signal, socket, sys, threading, time
 from mixvisor.vm.worker import sandbox
 pair = socket.socketpair()
 victim = int(sys.argv[1])
@@ -73,7 +73,8 @@ results = {
     "ioctl": attempt(ioctl),
     "setuid": attempt(lambda: os.setuid(0)),
     "chdir": attempt(lambda: os.chdir("/")),
-    "dup": attempt(lambda: os.dup(tell)),
+    "fcntl": attempt(lambda: fcntl.fcntl(tell, fcntl.F_SETFL, os.O_ASYNC)),
+    "dup2": attempt(lambda: os.dup2(tell, 9)),
     # What one worker could do to another: all of a root service's workers are user nobody.
     "tkill": attempt(raw(200, victim, 0)),
     "tgkill": attempt(raw(234, victim, victim, 0)),
@@ -115,7 +116,7 @@ results = {
 os.write(tell, json.dumps({"achieved": achieved, "results": results, "uid": os.geteuid()}).encode())
 '''
 REFUSED = ("open", "kill", "kill-self", "socket", "execve", "fork", "ptrace", "prctl", "ioctl",
-           "setuid", "chdir", "dup")
+           "setuid", "chdir", "fcntl", "dup2")
 REFUSED_TO_EACH_OTHER = (
     "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open", "pidfd_send_signal",
     "process_vm_readv", "process_vm_writev", "sched_setaffinity", "sched_setaffinity-self", "sched_setscheduler",

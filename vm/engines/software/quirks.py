@@ -65,7 +65,7 @@ from unicorn.unicorn_py3 import unicorn as binding
 from .. import kick
 from ..base import EngineError
 
-__all__ = ["Layout", "Native", "Unicorn", "found_layout"]
+__all__ = ["Layout", "Native", "Unicorn", "found_layout", "installed_version"]
 
 VERSION: Final = "2.1.4"
 _lib = binding.uclib
@@ -108,14 +108,14 @@ class Layout:
 
 
 @functools.cache
-def _version() -> str:
+def installed_version() -> str:
     # Once: a worker behind its sandbox, where it may want this engine, reads no files.
     return importlib.metadata.version("unicorn")
 
 
 def _refuse(what: str) -> EngineError:
     return EngineError(
-        f"the installed Unicorn ({_version()}) cannot be used: {what}. The software engine"
+        f"the installed Unicorn ({installed_version()}) cannot be used: {what}. The software engine"
         f" is made for {VERSION}: pip install 'unicorn=={VERSION}'")
 
 
@@ -229,7 +229,7 @@ class Unicorn:
     """One Unicorn instance over *memory*, with its CPU state open in place."""
 
     def __init__(self, memory: mmap.mmap) -> None:
-        found = _version()
+        found = installed_version()
         if found != VERSION:
             raise _refuse(f"its version is {found}")
         self.uc = binding.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
