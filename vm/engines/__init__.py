@@ -8,6 +8,7 @@ imported only when it is asked for: a host without Unicorn still runs `kvm` gues
 from __future__ import annotations
 
 import contextlib
+import importlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -49,15 +50,14 @@ def prepare() -> None:
     An engine that cannot be had is told by `create`.
     """
     with contextlib.suppress(EngineError, ImportError):
-        from .kvm import engine as _engine
+        importlib.import_module(".kvm.engine", __name__)
         from .kvm.errors import what_kvm_is
         what_kvm_is()
     with contextlib.suppress(EngineError, ImportError):
-        from .software import engine as _engine
+        importlib.import_module(".software.engine", __name__)
         from .software.quirks import found_layout, installed_version
         installed_version()
         found_layout()
-    _ = _engine
     cpuid.vendor()
     read_tsc()
 
