@@ -42,7 +42,7 @@ SECONDS: Final = 60.0
 SECONDS_WITH_PRECISION: Final = 600.0
 SECONDS_MAX: Final = 86_400.0
 WANTED: Final = 0.002
-LINE_SECONDS: Final = 5.0
+LINE_SECONDS: Final = 3.0
 GUESTS: Final = ("randmem", "alu", "rings", "portio")
 
 

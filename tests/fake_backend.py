@@ -22,6 +22,7 @@ import trio
 
 from mixvisor.config.model import SchedulerConfig, VmConfig
 from mixvisor.config.rules import HostLimits
+from mixvisor.metrics.mixing.result import MixingResult
 from mixvisor.metrics.snapshot import (
     DECISION_BOUNDS_NS,
     LATENESS_BOUNDS_NS,
@@ -127,6 +128,7 @@ class FakeBackend:
         self.stopping = trio.Event()
         self.scheduling = SchedulerConfig()
         self.parameters: dict[str, VmConfig] = {}
+        self.measured: MixingResult | None = None
         self.ready = True
 
     def snapshot(self) -> Snapshot:
@@ -208,6 +210,22 @@ class FakeBackend:
             progress_before=0, progress_after=0, edge_late_ns=0, breath_ns=0, decision_ns=60_000, flags=0)
             for at, turn in ((now - 1_000_000_000 + n * 10_000_000, n % 2) for n in range(100))])
         return recorder.copy(now, "asked for", seconds)
+
+    async def lend(self, vms: Any) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        raise Denied(f"{', '.join(vms)} may not be measured")
+
+    def exchange(self, loan: str, script: Any) -> dict[str, Any]:
+        raise NotFound(f"there is no loan {loan!r}")
+
+    def give_back(self, loan: str) -> dict[str, Any]:
+        raise NotFound(f"there is no loan {loan!r}")
+
+    def mixing(self) -> MixingResult | None:
+        return self.measured
+
+    def keep_mixing(self, result: MixingResult) -> None:
+        self.measured = result
 
     def _known(self, name: str) -> str:
         if name not in self._state:

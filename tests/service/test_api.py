@@ -17,6 +17,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixvisor.metrics.mixing.result import MixingResult
 from mixvisor.service.api import MAX_BODY, control_app, metrics_app
 from mixvisor.service.backend import Conflict, Denied, NotFound, ServiceError, TimedOut, Unusable
 from mixvisor.service.client import Client, Unreachable
@@ -24,6 +25,7 @@ from mixvisor.service.http import CannotListen, serve
 from mixvisor.service.wire import Misread, snapshot_from_json, to_json
 
 from ..fake_backend import FakeBackend
+from ..metrics.mixing.test_result import RESULT
 
 
 @asynccontextmanager
@@ -526,3 +528,22 @@ async def test_nothing_is_printed_and_no_signal_handler_is_set(path, backend, ca
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
         await ask(path, "GET", "/v1/vms")
     assert capfd.readouterr() == ("", "")
+
+
+# Measurements.
+
+async def test_a_result_of_a_measurement_travels_and_what_is_none_is_refused_with_the_field(path, backend):
+    async with served(control_app(backend), unix_socket=path):
+        assert await call(path, lambda c: c.mixing()) is None
+        await call(path, lambda c: c.keep_mixing(RESULT.to_json()))
+        assert backend.measured == RESULT
+        assert MixingResult.from_json(await call(path, lambda c: c.mixing())) == RESULT
+        with pytest.raises(Unusable, match="verdict"):
+            await call(path, lambda c: c.keep_mixing({**RESULT.to_json(), "verdict": "maybe"}))
+        with pytest.raises(Unusable, match="format"):
+            await call(path, lambda c: c.keep_mixing({}))
+        with pytest.raises(Denied, match="a, b may not"):
+            await call(path, lambda c: c.lend(["a", "b"]))
+        for work in (lambda c: c.exchange("x/y", [(0, 1)]), lambda c: c.give_back("x")):
+            with pytest.raises(NotFound):
+                await call(path, work)
