@@ -10,7 +10,7 @@ help:
 	@echo "make demo   set up and watch software and hardware VMs share one CPU (ARGS='--seconds 20')"
 	@echo "make test   set up and run every test"
 	@echo "make lint   ruff, pyright, import-linter"
-	@echo "make bench  every benchmark, about ten minutes on a quiet machine"
+	@echo "make bench  every benchmark, about twenty minutes on a quiet machine"
 	@echo "make docs   write the generated pages, tables and the dashboard anew"
 
 # A stamp a flavour: setting up again happens only when the project's metadata or its C part changed.

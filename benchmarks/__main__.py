@@ -5,7 +5,7 @@ import sys
 
 from .common import machine
 
-NAMES = ("policy", "scan", "watch", "dispatch", "start", "work", "scrape", "hundred")
+NAMES = ("policy", "scan", "watch", "dispatch", "start", "work", "scrape", "mixing", "hundred")
 
 print(machine())
 failed = [name for name in NAMES
