@@ -30,6 +30,7 @@ COMMANDS: Final = {
     "disk": ("disk", "disk"),
     "ps": ("show", "ps"),
     "top": ("show", "top"),
+    "mixing": ("mixing", "mixing"),
     "start": ("control", "start"),
     "stop": ("control", "stop"),
     "kill": ("control", "kill"),

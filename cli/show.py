@@ -109,4 +109,6 @@ def _as_json(snapshot: Snapshot, rates: list[VmRate]) -> dict[str, object]:
             "steal": rate.wait, "progress_per_s": rate.progress, "exits_per_s": rate.exits,
         } for rate in rates],
         "warnings": [warning.code for warning in snapshot.warnings],
+        "mixing": None if snapshot.mixing.told is None else {
+            "verdict": snapshot.mixing.told.verdict, "headline": snapshot.mixing.told.headline},
     }

@@ -268,9 +268,13 @@ def top_view(
     running = sum(vm.state == "running" for vm in snapshot.vms)
     head = (f"{running} of {len(snapshot.vms)} VMs running on host CPU "
             f"{','.join(map(str, snapshot.host.vm_cpus))}")
+    from .costs import mixing_line  # which has tables of ours
+    cost = mixing_line(snapshot)
     more = [Text(f"… and {hidden} more (--limit)", style="dim")] if hidden else []
-    return Group(Text(head, style="bold"), Text(_schedule_line(snapshot, cpus), style="dim"),
-                 Text(""), _table(columns, rows), *more, Text(""), *_banners(snapshot.warnings))
+    return Group(
+        Text(head, style="bold"), Text(_schedule_line(snapshot, cpus), style="dim"),
+        *([Text(cost, style="dim")] if cost else []), Text(""), _table(columns, rows), *more, Text(""),
+        *_banners(snapshot.warnings))
 
 
 def _placed(vm: VmSnapshot) -> str:

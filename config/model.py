@@ -749,11 +749,11 @@ class SchedulerConfig(_Table):
     mode_loss_max: Percent = Field(
         default=0.0,
         description="batch: most time that may be lost to changes of mode, in percent; raises "
-                    "mode_batch_us to what that needs at crossing_cost_us. 0: no such limit.")
+                    "mode_batch_us to what that needs at the cost of a crossing. 0: no such limit.")
     crossing_cost_us: Annotated[Whole, Between(0, 100_000, "microseconds")] = Field(
         default=50,
-        description="Extra cost of a change of mode on this host over a change of VM within a mode, as "
-                    "measured, in microseconds; only mode_loss_max uses it.")
+        description="Extra cost of a change of mode on this host over a change of VM within a mode, in "
+                    "microseconds; only mode_loss_max uses it. Not given: as measured, and this default until then.")
 
 
 LISTEN_ALLOWED: Final = (

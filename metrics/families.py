@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..vm.engines.base import EXIT_KINDS
+from .mixing.online import CONFIDENCE
+from .mixing.result import Interval
 from .snapshot import (
     DECISION_BOUNDS_NS,
     LATENESS_BOUNDS_NS,
     MODES,
     RUN_LENGTH_BOUNDS_NS,
+    SCOPES,
     STATES,
     CpuSnapshot,
     DiskSnapshot,
@@ -204,6 +207,40 @@ def _warnings(snapshot: Snapshot) -> Iterator[Row]:
         yield key, float(count)
 
 
+# --- the cost of mixing ----------------------------------------------------------------------
+
+BOTH: Final = "both"               # the mean over victims of both modes, as it should be read
+VERDICTS: Final = ("penalty", "none", "gain", "inconclusive")
+
+
+def _costs(read: Callable[[Interval], float]) -> Callable[[Snapshot], Iterable[Row]]:
+    def rows(snapshot: Snapshot) -> Iterator[Row]:
+        told = snapshot.mixing.told
+        if told is None or told.doubts:
+            return
+        for mode, cost in told.cost_us_by_victim.items():
+            yield (mode,), read(cost) * 1e-6
+        if told.cost_us is not None:
+            yield (BOTH,), read(told.cost_us) * 1e-6
+    return rows
+
+
+def _penalties(read: Callable[[Interval], float]) -> Callable[[Snapshot], Iterable[Row]]:
+    return lambda snapshot: [((mode, "cpu"), read(part)) for mode, part in snapshot.mixing.penalty.items()]
+
+
+def _mixing_info(snapshot: Snapshot) -> Iterator[Row]:
+    told = snapshot.mixing.told
+    if told is not None:
+        yield (told.source, told.verdict), 1.0
+
+
+def _measurements(snapshot: Snapshot) -> Iterator[Row]:
+    counts = snapshot.mixing.measurements
+    for verdict in dict.fromkeys((*VERDICTS, *counts)):
+        yield (verdict,), float(counts.get(verdict, 0))
+
+
 def _host_cpus(snapshot: Snapshot) -> Iterator[Row]:
     for cpu in snapshot.cpus:
         yield (str(cpu.cpu), str(cpu.core), str(cpu.socket)), 1.0
@@ -358,6 +395,52 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mixvisor_host_cpu_slices_total", "counter", ("cpu",),
            "Time slices given out on the host CPU.",
            _cpus(lambda cpu: cpu.slices)),
+
+    # What mixing costs.
+    Family("mixvisor_mixing_switch_cost_seconds", "gauge", ("victim_mode",),
+           "What one crossing between modes costs beyond a switch within a mode, in seconds of CPU time, by mode "
+           "of the VM that is switched to, and their mean (both); absent while it is unknown or fails its checks.",
+           _costs(lambda cost: cost.value)),
+    Family("mixvisor_mixing_switch_cost_lower_bound_seconds", "gauge", ("victim_mode",),
+           "Lower bound of mixvisor_mixing_switch_cost_seconds.",
+           _costs(lambda cost: cost.low)),
+    Family("mixvisor_mixing_switch_cost_upper_bound_seconds", "gauge", ("victim_mode",),
+           "Upper bound of mixvisor_mixing_switch_cost_seconds.",
+           _costs(lambda cost: cost.high)),
+    Family("mixvisor_mixing_penalty_ratio", "gauge", ("victim_mode", "scope"),
+           "Part of a mode's CPU time that crossings cost it, on host CPUs where both modes take turns (scope "
+           "cpu) and at the rate at which they do; may be below 0.",
+           _penalties(lambda part: part.value)),
+    Family("mixvisor_mixing_penalty_lower_bound_ratio", "gauge", ("victim_mode", "scope"),
+           "Lower bound of mixvisor_mixing_penalty_ratio.",
+           _penalties(lambda part: part.low)),
+    Family("mixvisor_mixing_penalty_upper_bound_ratio", "gauge", ("victim_mode", "scope"),
+           "Upper bound of mixvisor_mixing_penalty_ratio.",
+           _penalties(lambda part: part.high)),
+    Family("mixvisor_mixing_penalty_confidence_level_ratio", "gauge", (),
+           "Confidence of the bounds of cost and penalty.",
+           _one(lambda s: CONFIDENCE)),
+    Family("mixvisor_mixing_measurement_info", "info", ("source", "verdict"),
+           "Where the figures come from (online or on-demand) and what can be concluded from them (penalty, none, "
+           "gain or inconclusive); always 1; absent before the first.",
+           _mixing_info),
+    Family("mixvisor_mixing_penalty_last_measurement_timestamp_seconds", "gauge", (),
+           "When something could last be concluded, in seconds since 1970; absent before that.",
+           _one(lambda s: s.mixing.concluded_unix_s)),
+    Family("mixvisor_mixing_penalty_measurements_total", "counter", ("result",),
+           "Looks at the online estimate while modes took turns on a host CPU, by what it said.",
+           _measurements),
+    Family("mixvisor_mixing_lost_seconds_total", "counter", ("vm",),
+           "CPU time that the VM lost to crossings into it, in seconds: an estimate, counted while a penalty is "
+           "established.",
+           lambda s: [((vm.id,), s.mixing.lost_ns.get(vm.id, 0) * NS) for vm in s.vms]),
+    Family("mixvisor_mixing_overlap_seconds_total", "counter", ("scope",),
+           "Time in which VMs of both modes ran within the same second, in seconds: on one host CPU (cpu), on "
+           "threads of one core (core), on one socket, anywhere on the host.",
+           lambda s: [((scope,), s.mixing.overlap_ns.get(scope, 0) * NS) for scope in SCOPES]),
+    Family("mixvisor_mixing_estimator_cpu_seconds_total", "counter", (),
+           "CPU time that measuring the cost of mixing has taken in the supervisor, in seconds.",
+           _one(lambda s: s.mixing.estimator_cpu_ns * NS)),
 
     # The scheduler.
     Family("mixvisor_scheduler_info", "info", ("policy", "dispatch", "dispatch_reason"),

@@ -12,14 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from .mixing.result import Interval, MixingResult
+
 __all__ = [
-    "DECISION_BOUNDS_NS", "LATENESS_BOUNDS_NS", "MODES", "RUN_LENGTH_BOUNDS_NS", "STATES", "CpuSnapshot",
-    "DiskSnapshot", "Histogram", "HostSnapshot", "Mode", "ModeAlternative", "SchedulerSnapshot",
+    "DECISION_BOUNDS_NS", "LATENESS_BOUNDS_NS", "MODES", "RUN_LENGTH_BOUNDS_NS", "SCOPES", "STATES", "CpuSnapshot",
+    "DiskSnapshot", "Histogram", "HostSnapshot", "MixingSnapshot", "Mode", "ModeAlternative", "SchedulerSnapshot",
     "ServiceSnapshot", "Snapshot", "VcpuSnapshot", "VmSnapshot", "WarningSnapshot",
 ]
 
 Mode = Literal["software", "hardware"]
 MODES: Final = ("software", "hardware")
+# Where both modes can be at once, the nearest first.
+SCOPES: Final = ("cpu", "core", "socket", "host")
 # vm/lifecycle.py's phases, in the order of a life.
 STATES: Final = ("defined", "starting", "running", "paused", "stopping", "stopped", "crashed", "failed")
 
@@ -181,6 +185,27 @@ class ServiceSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixingSnapshot:
+    """What mixing costs here, as far as it is known."""
+
+    online: bool = False                     # it is measured while VMs run
+    told: MixingResult | None = None         # the figure that warnings, gauges and budgets go by
+    latest: MixingResult | None = None       # what is known online by now
+    on_demand: MixingResult | None = None    # what `mixvisor measure` found
+    caveats: tuple[str, ...] = ()            # of `latest`
+    # Of a mode's CPU time on host CPUs where modes meet: the part that is lost to crossings.
+    penalty: Mapping[Mode, Interval] = field(default_factory=dict[Mode, Interval])
+    crossing_rate: Mapping[Mode, float] = field(default_factory=dict[Mode, float])    # a second of that time
+    measurements: Mapping[str, int] = field(default_factory=dict[str, int])           # by verdict
+    concluded_unix_s: float | None = None    # when something was last concluded
+    lost_ns: Mapping[str, int] = field(default_factory=dict[str, int])                # by VM
+    overlap_ns: Mapping[str, int] = field(default_factory=dict[str, int])             # by SCOPES
+    crossing_cost_us: float = 0.0            # what mode_loss_max reckons with
+    crossing_cost_source: str = "default"    # configured, measured, default
+    estimator_cpu_ns: int = 0                # CPU time that measuring has taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     taken_unix_s: float
     monotonic_ns: int
@@ -190,3 +215,4 @@ class Snapshot:
     cpus: tuple[CpuSnapshot, ...]
     vms: tuple[VmSnapshot, ...]
     warnings: tuple[WarningSnapshot, ...] = field(default=())
+    mixing: MixingSnapshot = field(default_factory=MixingSnapshot)

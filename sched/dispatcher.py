@@ -60,6 +60,7 @@ from .policy import POLICIES, Batching, Order, Runqueue, ScriptedRunqueue
 from .shared import (
     ACTIVE,
     CPU_FIELDS,
+    EVENTS,
     HEADER,
     LENT,
     MODES,
@@ -144,7 +145,7 @@ class Parcel:
 
     generation: int
     status: memoryview | None = None     # 64-bit words
-    progress: memoryview | None = None   # one 64-bit word
+    progress: memoryview | linux.EventCounter | None = None   # one 64-bit word
 
 
 class Inbox(Protocol):
@@ -170,7 +171,7 @@ class _Vcpu:
     mode: int
     clock: RunClock | None           # None: the thread has ended
     status: memoryview | None
-    progress: memoryview | None
+    progress: memoryview | linux.EventCounter | None
     charged: int                     # run time billed so far (a total)
     state: State                     # what the kernel was told last
     level: Level = Level.FREE
@@ -822,7 +823,9 @@ class _SocketInbox:
                     if message["status"]:
                         status = _map_words(fds_left.pop(0), 0, STATUS_SIZE // 8)
                     if message["progress"] is not None:
-                        progress = _map_words(fds_left.pop(0), message["progress"], 1)
+                        fd = fds_left.pop(0)
+                        progress = (linux.EventCounter(os.dup(fd)) if message["progress"] == EVENTS
+                                    else _map_words(fd, message["progress"], 1))
                 yield message["slot"], Parcel(message["generation"], status, progress)
             finally:
                 for fd in fds:

@@ -41,13 +41,14 @@ import functools
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 __all__ = [
-    "CAP_KILL", "CAP_SYS_NICE", "DISPATCHER_PRIORITY", "GUARD_PRIORITY", "KINDS", "Kernel",
+    "CAP_KILL", "CAP_SYS_NICE", "DISPATCHER_PRIORITY", "GUARD_PRIORITY", "KINDS", "EventCounter", "Kernel",
     "Level", "RunClock", "State", "become_realtime", "explain_refusal", "give_back",
     "keep_capabilities", "kill_exactly", "start_ticks", "states_of",
 ]
@@ -140,6 +141,21 @@ class Kernel:
 
     def go_on(self, pid: int) -> None:
         os.kill(pid, signal.SIGCONT)
+
+
+class EventCounter:
+    """A count that a descriptor of perf_event_open(2) gives, where a mapped word would be: `counter[0]`."""
+
+    def __init__(self, fd: int) -> None:
+        """The descriptor is the counter's from now on."""
+        self.fd = fd
+
+    def __getitem__(self, _index: int) -> int:
+        data = os.read(self.fd, 8)
+        return int.from_bytes(data, sys.byteorder)        # nothing, where others hold the unit: 0
+
+    def release(self) -> None:
+        os.close(self.fd)
 
 
 class RunClock(Protocol):

@@ -45,7 +45,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 __all__ = [
-    "ACTIVE", "CPU_FIELDS", "CPU_WORDS", "DECISION_BOUNDS_NS", "HEADER", "HEADER_WORDS",
+    "ACTIVE", "CPU_FIELDS", "CPU_WORDS", "DECISION_BOUNDS_NS", "EVENTS", "HEADER", "HEADER_WORDS",
     "LATENESS_BOUNDS_NS", "LENT", "MODES", "NOBODY", "ONE_CPU", "PAUSED", "RECORD_ENTRY_SHIFT", "RECORD_IDLE",
     "RECORD_MIGRATED", "RECORD_WORDS", "RESIDENCIES", "RUN_LENGTH_BOUNDS_NS", "SCRIPT_ENTRIES", "SLOT_FIELDS",
     "SLOT_WORDS", "RingReader", "RingWriter", "ScriptReader", "ScriptWriter", "Shared", "SharedMemoryError",
@@ -55,6 +55,7 @@ __all__ = [
 MAGIC: Final = 0x3144_4548_4353_564D           # "MVSCHED1"
 ONE_CPU: Final = 1_000_000_000
 NOBODY: Final = -1
+EVENTS: Final = -1                             # instead of an offset: a descriptor of perf_event_open(2)
 MODES: Final = ("software", "hardware")       # a mode is stored as its index
 RESIDENCIES: Final = ("software", "hardware", "idle", "other")
 

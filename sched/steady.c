@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define VERSION 6
+#define VERSION 7
 #define ONE_CPU 1000000000.0
 #define UNIT 1073741824.0                   /* fair.py, _UNIT */
 #define REBASE_NS 1099511627776.0
@@ -58,6 +58,7 @@ struct vcpu {                               /* dispatcher.py, _Vcpu: all of them
     word charged, rate, level, state, awake, paused, fresh, gone;
     word entry;                             /* index in `entries`, -1 = asleep */
     word lag_ns;                            /* only while asleep */
+    word progress_fd;                       /* to read it from, where it is no word of memory; -1 = none */
     word seen;                              /* scratch: a reading of `usual` for `step` */
 };
 
@@ -132,6 +133,17 @@ static word run_ns(const struct steady *g, word index)
         return -1;
     text[length] = 0;
     return strtoll(text, NULL, 10);
+}
+
+static word progress_of(const struct vcpu *vcpu)
+{
+    word count;
+
+    if (vcpu->progress)
+        return *vcpu->progress;
+    if (vcpu->progress_fd < 0 || read((int)vcpu->progress_fd, &count, sizeof count) != (ssize_t)sizeof count)
+        return 0;
+    return count;
 }
 
 static int asleep_by_page(const struct steady *g, const struct vcpu *vcpu)
@@ -496,7 +508,7 @@ static void write_record(struct steady *g, const struct vcpu *pick, word now, wo
     record[8] = others[0];
     record[9] = others[1];
     record[10] = g->slice_progress;
-    record[11] = pick->progress ? *pick->progress : 0;
+    record[11] = progress_of(pick);
     record[12] = g->slice_edge_late;
     record[13] = g->slice_breath;
     record[14] = g->decision;
@@ -562,7 +574,7 @@ static void decide(struct steady *g, word now)
     g->slice_end = now < grid && grid <= now + g->slice_ns ? grid : now + g->slice_ns;
     g->slice_start = now;
     g->slice_previous = was->slot;
-    g->slice_progress = is->progress ? *is->progress : 0;
+    g->slice_progress = progress_of(is);
     g->slice_flags = flags;
     g->slice_breath = g->slice_edge_late = g->decision = 0;
 }

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calls", "Steady", "load"]
 
-VERSION: Final = 6
+VERSION: Final = 7
 _POLICIES_MAX: Final = 12
 _word = ctypes.c_int64
 _double = ctypes.c_double
@@ -59,7 +59,7 @@ class _Vcpu(ctypes.Structure):
     _fields_ = [("words", _pointer), ("phase", _pointer), ("progress", _pointer),
                 *((name, _word) for name in (
                     "clock_kind", "clock", "pid", "tid", "slot", "generation", "mode", "latency", "charged", "rate",
-                    "level", "state", "awake", "paused", "fresh", "gone", "entry", "lag_ns", "seen"))]
+                    "level", "state", "awake", "paused", "fresh", "gone", "entry", "lag_ns", "progress_fd", "seen"))]
 
 
 class Calls(ctypes.Structure):
@@ -247,8 +247,9 @@ class Steady:
             if vcpu.addresses is None:
                 vcpu.addresses = (
                     None if vcpu.status is None else _address_of(vcpu.status) + 8 * FIELDS["phase"],
-                    None if vcpu.progress is None else _address_of(vcpu.progress))
+                    _address_of(vcpu.progress) if isinstance(vcpu.progress, memoryview) else None)
             into.phase, into.progress = vcpu.addresses
+            into.progress_fd = vcpu.progress.fd if isinstance(vcpu.progress, linux.EventCounter) else -1
             into.clock_kind, into.clock = vcpu.clock.native if vcpu.clock is not None else (0, 0)
             into.pid, into.tid, into.slot, into.generation = vcpu.pid, vcpu.tid, vcpu.slot, vcpu.generation
             into.mode, into.latency, into.charged = vcpu.mode, vcpu.latency, vcpu.charged

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -33,13 +33,13 @@ from .model import VmDemand
 from .planner import Planner
 from .policy import POLICIES, Batching, Order, Split, admit
 from .recorder import FlightRecorder, PackedRecording
-from .shared import ACTIVE, MODES, NOBODY, PAUSED, Shared
+from .shared import ACTIVE, MODES, NOBODY, PAUSED, Shared, SliceRecord
 from .table import Table, Vcpu, VcpuThread
 from .tape import Manner
 from .tapedeck import record
 
 __all__ = [
-    "AdmissionRefused", "DispatchRefused", "Process", "Scheduler", "Spawn", "VcpuThread", "Warn",
+    "AdmissionRefused", "DispatchRefused", "Process", "Scheduler", "SliceObserver", "Spawn", "VcpuThread", "Warn",
 ]
 
 ACCOUNT_S: Final = 0.1
@@ -47,6 +47,13 @@ SLOW_S: Final = 1.0                # what is read from /proc
 GUARD_TIMEOUT_NS: Final = 1_000_000_000
 ANSWER_S: Final = 0.6              # a dispatcher that has not answered by then is replaced
 CHANGE_S: Final = 2.0              # until all dispatchers follow another policy
+
+
+class SliceObserver(Protocol):
+    """Told of every slice; must be quick and must not raise."""
+
+    def named(self, generation: int, vm: str, mode: str) -> None: ...
+    def slices(self, cpu: int, records: Sequence[SliceRecord]) -> None: ...
 
 
 class AdmissionRefused(ValueError):
@@ -69,7 +76,7 @@ class Scheduler:
         unwarn: Callable[[str], None] | None = None,
         guard_timeout_ns: int = GUARD_TIMEOUT_NS, policy: str = "fair",
         batching: Batching | None = None, order: Order | None = None,
-        siblings: Mapping[int, frozenset[int]] | None = None,
+        observer: SliceObserver | None = None, siblings: Mapping[int, frozenset[int]] | None = None,
         usable_cpus: Callable[[], frozenset[int]] = usable_cpus,
     ) -> None:
         if not cpus:
@@ -104,6 +111,7 @@ class Scheduler:
             warn=self._warn, unwarn=self._unwarn)
         self._lender = Lender(self._table, self._planner, self._crew, self._plan)
         self._recorder = FlightRecorder(self._cpus)
+        self._observer = observer
         self._past: dict[str, list[VcpuFigures]] = {}      # of each vCPU, after the release
         self._final: SchedulerStatistics | None = None     # after `run` has ended
 
@@ -180,9 +188,12 @@ class Scheduler:
         if refusal is not None:
             raise AdmissionRefused(refusal)
         try:
-            self._recorder.name(table.put(thread).generation, thread.vm)
+            generation = table.put(thread).generation
         except OSError as error:
             raise AdmissionRefused(f"VM {thread.vm!r}: its process has ended") from error
+        self._recorder.name(generation, thread.vm)
+        if self._observer is not None:
+            self._observer.named(generation, thread.vm, thread.mode)
         if thread.index == 0:
             self._past.pop(thread.vm, None)
         await self._plan()
@@ -326,6 +337,11 @@ class Scheduler:
         if self._shared is not None:
             self._account()
 
+    @property
+    def lends(self) -> bool:
+        """An order is lent at the moment."""
+        return self._lender.loan is not None
+
     def end_loan(self, loan: Loan, reason: str) -> None:
         """Everything goes back; one that has ended is no error."""
         if self._lender.loan is loan:
@@ -395,6 +411,8 @@ class Scheduler:
             records = host.reader.read()
             host.account.fold(records, self._policy.name)
             self._recorder.note(host.cpu, records)
+            if self._observer is not None and records:
+                self._observer.slices(host.cpu, records)
             if (loan := self._lender.loan) is not None and loan.cpu == host.cpu:
                 loan.note(records)
         self._ledger.account(time.monotonic_ns(), len(self._cpus))
@@ -433,6 +451,11 @@ class Scheduler:
                 slow = 0.0
                 for vcpu in self._table:
                     self._ledger.read_proc(vcpu)
+
+    def ran_by_mode(self) -> dict[int, tuple[int, int]]:
+        """CPU time of software and of hardware VMs on each host CPU so far, ns; as of the last account."""
+        return {host.cpu: (host.account.residency_ns[0], host.account.residency_ns[1])
+                for host in self._crew.hosts.values()}
 
     def figures(self, vm: str) -> VcpuFigures | None:
         """The first vCPU of a VM; after its release the last state; None: unknown here."""

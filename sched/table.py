@@ -41,7 +41,7 @@ class VcpuThread:
     siblings: int = 0                # other vCPUs of the VM: threads of the same process
     status_fd: int | None = None     # vm/worker/status.py; None: the kernel knows when it sleeps
     progress_fd: int | None = None
-    progress_offset: int = 0         # of a 64-bit counter
+    progress_offset: int = 0         # of a 64-bit counter in it; EVENTS: the descriptor is read instead
 
 
 @dataclass(slots=True, eq=False)

@@ -30,6 +30,7 @@ from ..metrics.snapshot import (
     CpuSnapshot,
     Histogram,
     HostSnapshot,
+    Mode,
     SchedulerSnapshot,
     ServiceSnapshot,
     Snapshot,
@@ -40,7 +41,6 @@ from ..sched.supervisor import DispatchRefused, Scheduler
 from ..vm.guests import BUILTIN, pokes
 from ..vm.host import HostFacts
 from ..vm.lifecycle import Phase
-from ..vm.mixing import MeasuredCost
 from ..vm.modes import ModeDecision, ModeRefusal, plan
 from ..vm.worker.protocol import WorkerSpec
 from .backend import Action, Conflict, NotFound, ServiceError, Unusable
@@ -48,9 +48,10 @@ from .children import open_zygote
 from .loans import Loans
 from .machine import Machine, MachineContext
 from .measured import Measured
-from .mixed import Mixed
+from .measuring import Measuring
+from .mixed import Mixed, measured_cost
 from .rivals import Rivals
-from .sharing import PARAMETERS, changed_scheduler, changed_vm, scheduler_settings
+from .sharing import PARAMETERS, changed_scheduler, changed_vm, crossing_cost, scheduler_settings
 from .statedir import StateDir
 from .warnings import Board
 
@@ -60,6 +61,7 @@ log = structlog.get_logger("mixvisor")
 
 VERSION: Final = version("mixvisor")
 GuardState = Literal["watching", "fired", "absent"]
+MOVED: Final = 0.2               # of the measured cost: less is no reason to reckon a budget anew
 SNAPSHOT_SECONDS: Final = 0.1
 RECORD_PAUSE_SECONDS: Final = 10.0     # trouble that comes in swarms is recorded once
 TROUBLE: Final = ("guard-fired", "guard-lost", "dispatcher-died")
@@ -134,11 +136,17 @@ class Service:
         self._record_from = 0.0            # when trouble is recorded again
         self._shutdown = trio.Event()
         self._sharing = trio.Lock()            # one change of how CPUs are shared at a time
+        self._cost_used = crossing_cost(self.scheduling, None)     # what mode_loss_max goes by
+        self._cost_moved = trio.Event()
         self._cached: tuple[float, Snapshot] | None = None
         self.vm_cpus = vm_cpus(config, self.facts.cpus)
         self.decisions = _decide(config, self.facts)
         self.mixed = Mixed(self.board, self.facts.modes, config.scheduler.policy, running=self._running,
                            placed=self._placed)
+        self.measuring = Measuring(
+            host, self.facts.topology, running=self._seen, scheduling=lambda: self.scheduling,
+            dispatch=self._dispatch, ran=lambda: self._scheduler.ran_by_mode() if self._scheduler else {},
+            on_demand=lambda: self._measured.result, tell=self._told)
         self._rivals = Rivals(self.board, self.facts.technology, refuse=config.host.conflicts == "refuse")
 
     # -- the life of the service ----------------------------------------------------------
@@ -192,8 +200,9 @@ class Service:
             scheduler = Scheduler(
                 cpus=self.vm_cpus, dispatch=self.config.host.dispatch,
                 spawn=zygote.spawn, warn=scheduler_warns, unwarn=self.board.clear,
-                siblings={cpu.cpu: frozenset(cpu.siblings) for cpu in self.facts.topology},
-                **scheduler_settings(self.scheduling))
+                observer=self.measuring, siblings={cpu.cpu: frozenset(cpu.siblings) for cpu in self.facts.topology},
+                **scheduler_settings(self.scheduling, self.measuring.told))
+            self._cost_used = crossing_cost(self.scheduling, self.measuring.told)
             try:
                 await nursery.start(scheduler.run)
             except DispatchRefused as error:
@@ -203,6 +212,8 @@ class Service:
             self._loans = Loans(
                 self.board, scheduler, nursery, lambda name: self.machine(name).config, asdict(self._measured.host))
             nursery.start_soon(self.mixed.watch)
+            nursery.start_soon(self.measuring.run)
+            nursery.start_soon(self._follow_cost)
             nursery.start_soon(self._rivals.watch)
             async with trio.open_nursery() as lives:
                 context = MachineContext(
@@ -324,6 +335,39 @@ class Service:
         self._cached = None
         self.mixed.update()
 
+    # -- what mixing costs ----------------------------------------------------------------
+
+    def _seen(self) -> dict[str, tuple[Mode, bool]]:
+        """The VMs that run: their modes, and whether their guests keep a progress counter."""
+        return {m.name: (m.decision.mode, m.config.progress is not None or self.measuring.instructions_count)
+                for m in self._machines.values() if m.phase is Phase.RUNNING}
+
+    def _dispatch(self) -> str:
+        return self._scheduler.statistics().dispatch if self._scheduler else "plain"
+
+    def _told(self, told: MixingResult | None) -> None:
+        self.mixed.measured(measured_cost(told))
+        self._cost_moved.set()
+        self._cached = None
+
+    async def _follow_cost(self) -> None:
+        """The budget of changes of mode goes by what was measured, unless the file names a cost."""
+        while True:
+            await self._cost_moved.wait()
+            self._cost_moved = trio.Event()
+            cost_us, source = crossing_cost(self.scheduling, self.measuring.told)
+            used_us, _source = self._cost_used
+            config = self.scheduling
+            if (not config.mode_loss_max or self._scheduler is None or source != "measured"
+                    or abs(cost_us - used_us) <= MOVED * used_us
+                    or self._scheduler.lends):      # a change of policy would end what measures: later
+                continue
+            async with self._sharing:
+                self._cost_used = cost_us, source
+                await self._scheduler.set_policy(**scheduler_settings(self.scheduling, self.measuring.told))
+            log.info(f"mode_loss_max reckons with {cost_us:.1f} us a crossing, as measured", code="cost-followed",
+                     crossing_cost_us=cost_us, before=used_us)
+
     def _running(self) -> dict[str, ModeDecision]:
         return {m.name: m.decision for m in self._machines.values() if m.phase is Phase.RUNNING}
 
@@ -355,9 +399,7 @@ class Service:
         self._measured.keep(result)
 
     def _act_on(self, result: MixingResult) -> None:
-        cost = result.cost_us if result.usable else None
-        self.mixed.measured(None if cost is None else MeasuredCost(cost.value / 1e6, cost.low / 1e6, cost.high / 1e6))
-        self._cached = None
+        self.measuring.reconsider()
 
     def request_shutdown(self) -> None:
         self._shutdown.set()
@@ -384,12 +426,14 @@ class Service:
                 if self._scheduler is None or not self.ready:
                     raise ServiceError("the service is starting or ending; try again")
                 new = changed_scheduler(self.scheduling, change)
-                await self._scheduler.set_policy(**scheduler_settings(new))
+                await self._scheduler.set_policy(**scheduler_settings(new, self.measuring.told))
                 self.scheduling = new
+                self._cost_used = crossing_cost(new, self.measuring.told)
             log.info(f"VMs are scheduled by the policy {new.policy}", code="policy-changed", **change)
             self.mixed.schedule(new.policy)
             self._cached = None
-        return self.scheduling.model_dump()
+        # As in force: a cost that was measured stands in for the default.
+        return {**self.scheduling.model_dump(), "crossing_cost_us": round(self._cost_used[0])}
 
     async def set_parameters(self, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
         machine = self.machine(name)
@@ -447,7 +491,8 @@ class Service:
                 guard=cast("GuardState", statistics.guard) if statistics else "absent"),
             cpus=self._cpu_snapshots(statistics),
             vms=tuple(machine.snapshot(figures.get(name)) for name, machine in self._machines.items()),
-            warnings=self.board.now())
+            warnings=self.board.now(),
+            mixing=self.measuring.snapshot(self.scheduling, self._machines))
 
     def _cpu_snapshots(self, statistics: SchedulerStatistics | None) -> tuple[CpuSnapshot, ...]:
         if statistics is None:

@@ -22,6 +22,8 @@ from typing import Any, Final, cast
 
 import trio
 
+from ..vm.hosts.instructions import open_instructions
+from ..vm.modes import Mode
 from ..vm.worker.protocol import Ending, WorkerSpec
 from ..vm.worker.status import STATUS_SIZE, StatusPage
 from .backend import ServiceError
@@ -199,6 +201,18 @@ class Incarnation:
         assert self.child is not None
         assert self.link is not None
         return self.child, self.link
+
+    def count_instructions(self, mode: Mode) -> int | None:
+        """A descriptor that tells the guest's instructions on its first vCPU's thread; None: this host counts none.
+
+        Progress of a guest that keeps no counter, for those who measure; of several vCPUs only one would be seen.
+        """
+        if len(self.threads) != 1:
+            return None
+        try:
+            return self._own(open_instructions(self.threads[0], mode))
+        except OSError:
+            return None                            # why: `why_not_counted`, said by `mixvisor mixing`
 
     def close(self) -> None:
         if self.link is not None:

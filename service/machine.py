@@ -29,6 +29,7 @@ import trio
 from ..config.model import VmConfig
 from ..metrics.snapshot import DiskSnapshot, ModeAlternative, VcpuSnapshot, VmSnapshot
 from ..sched.accounts import VcpuFigures
+from ..sched.shared import EVENTS
 from ..sched.supervisor import AdmissionRefused, Scheduler, VcpuThread
 from ..vm.engines.base import EXIT_KINDS
 from ..vm.lifecycle import ENDED, IllegalMove, Phase, Signal, decide_restart, move
@@ -379,6 +380,7 @@ class Machine:
         progress = self.config.progress
         try:
             await one.wait_started()
+            counter = one.memory_fd if progress is not None else one.count_instructions(self.decision.mode)
             several = len(one.threads) > 1
             for index, thread in enumerate(one.threads):
                 if life.stop.is_set() or one.ended.is_set():
@@ -390,8 +392,8 @@ class Machine:
                     mode=self.decision.mode, weight=self.config.weight, cap=self.config.cap / 100,
                     reservation=self.config.reservation / 100, latency=self.config.latency, cpus=self.cpus,
                     siblings=len(one.threads) - 1, status_fd=None if several else one.status_fd,
-                    progress_fd=one.memory_fd if progress is not None and index == 0 else None,
-                    progress_offset=progress or 0))
+                    progress_fd=counter if index == 0 else None,
+                    progress_offset=EVENTS if progress is None else progress))
         except (ServiceError, OSError, ValueError) as error:
             if one.ending is None:
                 one.ending = Ending("failed", str(error), "start")

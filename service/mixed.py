@@ -14,15 +14,25 @@ from typing import Final, get_args
 import trio
 
 from ..config.model import SchedulerConfig
+from ..metrics.mixing.result import MixingResult
 from ..vm.mixing import MIXED_CODES, MeasuredCost, mixing_warnings
 from ..vm.modes import ModeDecision, ModeHost
 from .warnings import Board
 
-__all__ = ["POLICY_NAMES", "Mixed"]
+__all__ = ["POLICY_NAMES", "Mixed", "measured_cost"]
 
 LOOK_SECONDS: Final = 2.0
 KEEP_SECONDS: Final = 10.0
 POLICY_NAMES: Final[tuple[str, ...]] = get_args(SchedulerConfig.model_fields["policy"].annotation)
+
+
+def measured_cost(told: MixingResult | None) -> MeasuredCost | None:
+    """What the warnings say of a measurement; None: nothing that is worth saying."""
+    if told is None or not told.usable or told.cost_us is None:
+        return None
+    cost = told.cost_us
+    return MeasuredCost(cost.value * 1e-6, cost.low * 1e-6, cost.high * 1e-6, none=told.verdict == "none",
+                        how="while these VMs run" if told.source == "online" else "by mixvisor measure")
 
 
 class Mixed:

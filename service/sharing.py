@@ -17,24 +17,38 @@ from pydantic import BaseModel
 from ..config.load import Problem, TableChecker
 from ..config.model import HostConfig, SchedulerConfig, VmConfig
 from ..config.rules import HostLimits, findings, host_findings
+from ..metrics.mixing.result import MixingResult
 from ..sched.policy import Batching, Order
 from .backend import Unusable
 
-__all__ = ["PARAMETERS", "changed_scheduler", "changed_vm", "scheduler_settings"]
+__all__ = ["PARAMETERS", "changed_scheduler", "changed_vm", "crossing_cost", "scheduler_settings"]
 
 PARAMETERS: Final = ("weight", "cap", "reservation", "latency", "cpus")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def scheduler_settings(config: SchedulerConfig) -> dict[str, Any]:
-    """The keys of [scheduler] as sched.supervisor.Scheduler takes them, there and in `set_policy`."""
+def crossing_cost(config: SchedulerConfig, told: MixingResult | None) -> tuple[float, str]:
+    """What mode_loss_max reckons with (us), and where it comes from: configured, measured or default."""
+    if "crossing_cost_us" in config.model_fields_set:
+        return float(config.crossing_cost_us), "configured"
+    if told is not None and told.usable and told.verdict != "inconclusive" and told.cost_us is not None:
+        return max(0.0, told.cost_us.value), "measured"
+    return float(config.crossing_cost_us), "default"
+
+
+def scheduler_settings(config: SchedulerConfig, told: MixingResult | None = None) -> dict[str, Any]:
+    """The keys of [scheduler] as sched.supervisor.Scheduler takes them, there and in `set_policy`.
+
+    told: what mixing was measured to cost.
+    """
+    cost_us, _source = crossing_cost(config, told)
     return {
         "policy": config.policy,
         "slice_ns": config.slice_us * 1000, "ratelimit_ns": config.ratelimit_us * 1000,
         "migrate_resist_ns": config.migrate_resist_us * 1000,
         "batching": Batching(
             batch_ns=config.mode_batch_us * 1000, wait_max_ns=config.mode_wait_max_us * 1000,
-            budget_ns=Batching.budget(config.mode_loss_max / 100, config.crossing_cost_us * 1000)),
+            budget_ns=Batching.budget(config.mode_loss_max / 100, round(cost_us * 1000))),
         "order": Order(jitter_ns=Order.jitter(config.random_order, config.slice_us * 1000), seed=config.random_seed)}
 
 

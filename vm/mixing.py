@@ -51,6 +51,8 @@ class MeasuredCost:
     lower_s: float
     upper_s: float
     confidence: float = 0.95
+    none: bool = False             # the interval includes zero and is narrow: there is no cost worth a word
+    how: str = ""                  # in words
 
     @property
     def conclusive(self) -> bool:
@@ -58,11 +60,14 @@ class MeasuredCost:
         return self.lower_s > 0 or self.upper_s < 0
 
     def sentence(self) -> str:
+        how = f", {self.how}" if self.how else ""
         interval = (f"{self.confidence * 100:g} % interval {self.lower_s * 1e6:.1f} to "
                     f"{self.upper_s * 1e6:.1f} µs")
+        if self.none:
+            return f"Measured on this host{how}: no cost of a crossing was found ({interval})."
         if not self.conclusive:
-            return f"Measured on this host: inconclusive, no cost of a crossing was told from zero ({interval})."
-        return f"Measured on this host: a crossing costs {self.crossing_s * 1e6:.1f} µs ({interval})."
+            return f"Measured on this host{how}: inconclusive, no cost of a crossing was told from zero ({interval})."
+        return f"Measured on this host{how}: a crossing costs {self.crossing_s * 1e6:.1f} µs ({interval})."
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,9 @@ def mixing_warnings(
     said, advice = _ELSEWHERE[technology]
     if cost is not None:
         advice = "Nothing needs to be done for the rule's sake; the measurement says what it costs."
+        if cost.lower_s > 0:
+            way = _advice(software, hardware, decisions or {}, policies, policy)
+            advice += f" To avoid it: {way[:1].lower()}{way[1:]}"
     return (MixingWarning(MIXED_MODES, "info", "light", f"{together}{said}{place}{measured}", advice, vms),)
 
 

@@ -244,7 +244,7 @@ def lateness_map() -> heatmap.Panel:
 def rows() -> dict[str, list[Panel]]:
     """The dashboard's rows with their panels, from top to bottom."""
     return {
-        "Overview": overview(), "VMs and shares": shares(), "Modes": modes(),
+        "Overview": overview(), "VMs and shares": shares(), "Modes": modes(), "Mixing": mixing(),
         "Scheduler": scheduler(), "Exits and devices": exits(), "Warnings and health": health(),
     }
 
@@ -329,6 +329,41 @@ def modes() -> list[Panel]:
         graph("Runnable vCPUs", "vCPUs that could run now, by mode: more than there are host CPUs "
               "means that they compete.", "short",
               (by("mode", series("scheduler_runnable_vcpus")), "{{mode}}"), stacked=True),
+    ]
+
+
+def mixing() -> list[Panel]:
+    def bounded(name: str, unit: str, *matchers: str, labels: str) -> list[Query]:
+        """A figure and its interval. `unit` is the end of the family's name."""
+        of = {"": "", "_lower_bound": ", at least", "_upper_bound": ", at most"}
+        return [(by(labels, series(f"mixing_{name}{bound}{unit}", *matchers), "max"),
+                 "{{victim_mode}}" + words) for bound, words in of.items()]
+
+    return [
+        graph("Cost of a crossing", "What one change of a host CPU between modes costs beyond a change of VM within "
+              "a mode, with its 95 % interval; the mean over both directions. Empty while it is unknown.", "s",
+              *bounded("switch_cost", "_seconds", 'victim_mode="both"', labels="instance, victim_mode"),
+              at_least=None),
+        graph("Cost of a crossing by victim", "The same for VMs of each mode that are switched to. The work of "
+              "leaving a VM is charged to its successor, so the two may shift against each other.", "s",
+              (by("instance, victim_mode", series("mixing_switch_cost_seconds"), "max"), "{{victim_mode}}"),
+              at_least=None),
+        graph("Lost to crossings", "Part of a mode's CPU time that crossings cost it on host CPUs where the modes "
+              "take turns, with its 95 % interval.", "percentunit",
+              *bounded("penalty", "_ratio", labels="instance, victim_mode"), at_least=None),
+        graph("Lost to crossings by VM", "CPU time that each VM loses to crossings: an estimate, counted while a "
+              "penalty is established.", "percentunit",
+              (top(by_vm(rate(of_vms("mixing_lost_seconds_total")))), "{{vm}}")),
+        graph("Both modes at once", "Part of the time in which VMs of both modes run within the same second: on one "
+              "host CPU, one core, one socket, anywhere on the host.", "percentunit",
+              (by("instance, scope", rate(series("mixing_overlap_seconds_total"))), "{{scope}}")),
+        graph("What the looks say", "Looks at the online estimate, by what can be concluded from it.", "ops",
+              (by("result", rate(series("mixing_penalty_measurements_total"))), "{{result}}")),
+        number("Verdict", "What can be concluded about the cost of mixing, and from which measurement.", "none",
+               (by("source, verdict", series("mixing_measurement_info"), "max"), "{{verdict}}, {{source}}"),
+               by_name=True),
+        number("Last conclusion", "Time since something could last be concluded about the cost of mixing.", "s",
+               (f"time() - max({series('mixing_penalty_last_measurement_timestamp_seconds')})", "ago")),
     ]
 
 

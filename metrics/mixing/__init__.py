@@ -10,11 +10,13 @@
 | `blocks` | distance-matched ABBA blocks with A/A and solo controls |
 | `report` | both together: the verdict, in words and as figures |
 | `plot` | loss against switches a second, as SVG |
+| `online` | the randomised-order estimator, incremental: from a running service's slices; needs no extra |
+| `standing` | what the online estimate means, in words and as a result; needs no extra |
 | `result` | what is kept of a measurement for warnings, gauges and budgets; needs no extra |
 
 All of it is pure but for the files of `slices` and `result`: arrays in, values out; time and randomness are passed
-in. NumPy and SciPy are an optional extra, so nothing here but `result` is imported before `need_extra` has said that
-they are there.
+in. NumPy and SciPy are an optional extra, so nothing here but `result`, `online` and `standing` is imported before
+`need_extra` has said that they are there.
 """
 
 from __future__ import annotations

@@ -196,6 +196,15 @@ def test_top_as_json_is_one_object_a_line(service, run):
     assert by_name["hw-four"]["received"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_mixing_says_what_is_known_and_as_json_all_of_it(service, run):
+    result = run("mixing")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Not measured: the order of slices is fixed")
+    data = json.loads(run("mixing", "-o", "json").stdout)
+    assert data["schema"] == 1
+    assert data["mixing"]["told"] is None
+
+
 def test_one_refusal_does_not_keep_the_others_from_their_turn(service, run):
     result = run("pause", "sw-one", "nobody", "hw-two", "-o", "json")
     assert result.exit_code == 3

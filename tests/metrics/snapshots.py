@@ -7,6 +7,9 @@ time, so that what Prometheus answers can be worked out with a pencil.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from mixvisor.metrics.mixing.result import Interval, MeasuredHost, MixingResult
 from mixvisor.metrics.snapshot import (
     DECISION_BOUNDS_NS,
     LATENESS_BOUNDS_NS,
@@ -15,6 +18,7 @@ from mixvisor.metrics.snapshot import (
     DiskSnapshot,
     Histogram,
     HostSnapshot,
+    MixingSnapshot,
     Mode,
     SchedulerSnapshot,
     ServiceSnapshot,
@@ -102,6 +106,30 @@ def a_warning(code: str = "mixed-modes") -> WarningSnapshot:
                            advice="Use one mode.", since_unix_s=BORN, vms=("alpha", "delta"))
 
 
+def a_result(**changed: object) -> MixingResult:
+    """A crossing costs 16 us: hardware victims pay 20, software victims 12."""
+    told = MixingResult(
+        source="online", measured_unix_s=BORN + 50, seconds=60.0,
+        host=MeasuredHost(technology="pvm", cpu_model="Invented CPU", kernel="6.12.0"), cpu=-1, dispatch="precise",
+        guests="2 software, 2 hardware VMs of this service", working_set_bytes=None, reference_slice_us=5000.0,
+        slices=10_000, verdict="penalty", headline="A crossing between modes costs 16.0 µs (15.0 µs to 17.0 µs).",
+        doubts=(), cost_us=Interval(16.0, 15.0, 17.0),
+        cost_us_by_victim={"software": Interval(12.0, 11.0, 13.0), "hardware": Interval(20.0, 19.0, 21.0)},
+        null_us=Interval(0.1, -0.5, 0.7), control_us=None, agreement_us=None, switching_us=Interval(30.0, 29.0, 31.0))
+    return replace(told, **changed)  # type: ignore[arg-type]
+
+
+def a_mixing(t: float) -> MixingSnapshot:
+    told = a_result()
+    return MixingSnapshot(
+        online=True, told=told, latest=told, caveats=("A caveat.",),
+        penalty={"software": Interval(0.0012, 0.0011, 0.0013), "hardware": Interval(0.002, 0.0019, 0.0021)},
+        crossing_rate={"software": 100.0, "hardware": 100.0}, measurements={"penalty": int(t), "inconclusive": 1},
+        concluded_unix_s=BORN + 50, lost_ns={name: ns(0.001 * t) for name in WEIGHTS},
+        overlap_ns={"cpu": ns(t), "core": ns(t), "socket": ns(t), "host": ns(t)}, crossing_cost_us=16.0,
+        crossing_cost_source="measured", estimator_cpu_ns=ns(0.001 * t))
+
+
 def snapshot_at(
     t: float,
     *,
@@ -109,6 +137,7 @@ def snapshot_at(
     cpus: tuple[CpuSnapshot, ...] | None = None,
     warnings: tuple[WarningSnapshot, ...] | None = None,
     fairness: float | None = 0.999,
+    mixing: MixingSnapshot | None = None,
 ) -> Snapshot:
     return Snapshot(
         taken_unix_s=BORN + t, monotonic_ns=ns(t),
@@ -122,7 +151,8 @@ def snapshot_at(
         cpus=(a_cpu(t),) if cpus is None else cpus,
         vms=(*(a_vm(name, t) for name in WEIGHTS), a_vm("echo", t, state="defined"))
         if vms is None else vms,
-        warnings=(a_warning(),) if warnings is None else warnings)
+        warnings=(a_warning(),) if warnings is None else warnings,
+        mixing=a_mixing(t) if mixing is None else mixing)
 
 
 def many_vms(count: int, vcpus: int, t: float = 100.0) -> Snapshot:

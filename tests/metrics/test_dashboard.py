@@ -42,7 +42,7 @@ def test_it_can_be_imported_anywhere():
 def test_it_has_the_rows_that_were_asked_for():
     board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     assert [panel["title"] for panel in board["panels"] if panel["type"] == "row"] == [
-        "Overview", "VMs and shares", "Modes", "Scheduler", "Exits and devices",
+        "Overview", "VMs and shares", "Modes", "Mixing", "Scheduler", "Exits and devices",
         "Warnings and health"]
 
 

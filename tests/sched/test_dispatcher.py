@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import socket
+import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixvisor.sched.dispatcher import READY, Dispatcher, Parcel, Settings
+from mixvisor.sched.dispatcher import READY, Dispatcher, Parcel, Settings, _SocketInbox
 from mixvisor.sched.linux import KINDS, Level, states_of
 from mixvisor.sched.model import Slot
 from mixvisor.sched.shared import (
     ACTIVE,
+    EVENTS,
     LENT,
     NOBODY,
     ONE_CPU,
@@ -574,3 +578,18 @@ def test_a_clock_that_steps_back_is_waited_for() -> None:
     assert due >= host.now
     assert sum(thread.ran for thread in threads) == ran
     host.close()
+
+
+def test_a_parcel_may_bring_a_counter_to_read_instead_of_a_word_in_memory():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    read, write = os.pipe()
+    os.write(write, (7).to_bytes(8, sys.byteorder))
+    message = {"slot": 3, "generation": 9, "status": False, "progress": EVENTS}
+    with ours, theirs:
+        socket.send_fds(theirs, [json.dumps(message).encode()], [read])
+        os.close(read)
+        [(slot, parcel)] = _SocketInbox(ours).drain()
+    os.close(write)
+    assert (slot, parcel.generation, parcel.status) == (3, 9, None)
+    assert parcel.progress[0] == 7
+    parcel.progress.release()

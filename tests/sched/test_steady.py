@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
+import struct
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from mixvisor.sched import steady
 from mixvisor.sched.dispatcher import Parcel
+from mixvisor.sched.linux import EventCounter
 from mixvisor.sched.policy import POLICIES
 from mixvisor.sched.shared import ACTIVE, CPU_FIELDS, PAUSED, RingReader
 from mixvisor.vm.worker.status import STATUS_SIZE, Phase
@@ -187,6 +190,25 @@ def test_a_steady_host_is_stepped_in_c_almost_always(kind, policy):
     events += [("rate", chance.randrange(VCPUS), chance.randint(1, 1000), 300) for _ in range(15)]
     assert live(interpreted, events) == live(native, events)
     assert native.in_c > 0.95 * sum(steps for *_, steps in events)
+
+
+def test_a_count_that_is_read_from_a_descriptor_is_read_as_often_and_as_exactly_in_c():
+    def records(native):
+        host = Twin("precise", native=native)
+        for slot in range(2):
+            ours, theirs = os.pipe()            # each reading is one more
+            os.write(theirs, b"".join(struct.pack("=q", 1000 * slot + number) for number in range(1, 400)))
+            host.add(slot, 0.5, mode=slot)
+            host.parcels.append((slot, Parcel(slot + 1, host.page(slot), EventCounter(ours))))
+        host.go(300)
+        assert native == (host.in_c > 200)
+        found = RingReader(host.shared, 0).read()
+        host.dispatcher.leave(host.now)          # which closes the descriptors
+        return found
+
+    found = records(native=False)
+    assert found == records(native=True)
+    assert sum(record.progress_after > record.progress_before > 0 for record in found) > 290
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):

@@ -101,3 +101,21 @@ def test_a_hundred_vms_are_not_all_named_in_a_sentence() -> None:
     (warning,) = mixing_warnings(running, "vt-x")
     assert "and 42 more" in warning.message
     assert len(warning.vms) == 100
+
+
+@pytest.mark.parametrize("technology", ["amd-v", "pvm"])
+def test_where_a_price_was_measured_what_avoids_it_is_named_whatever_the_book_says(technology: Any) -> None:
+    made = decisions(ModeHost(technology, True), s={"mode": "software"}, h={"bits": 64})
+    policies = ("fair", "batch", "partition")
+    dear = said(technology=technology, cost=MeasuredCost(16e-6, 15e-6, 17e-6), decisions=made, policies=policies,
+                policy="fair")["mixed-modes"].advice
+    for part in ('mode = "hardware" for s', 'policy = "partition"', 'policy = "batch"'):
+        assert part in dear
+    for cheap in (MeasuredCost(0.1e-6, -0.3e-6, 0.4e-6, none=True), MeasuredCost(-5e-6, -6e-6, -4e-6)):
+        text = said(technology=technology, cost=cheap, decisions=made, policies=policies)["mixed-modes"].advice
+        assert "policy" not in text
+
+
+def test_how_it_was_measured_is_said_and_no_cost_is_called_so() -> None:
+    text = said(cost=MeasuredCost(0.1e-6, -0.3e-6, 0.4e-6, none=True, how="while these VMs run"))["mixed-modes"].message
+    assert "Measured on this host, while these VMs run: no cost of a crossing was found" in text
