@@ -49,10 +49,10 @@ def control_socket() -> Path:
     return named_socket() or default_directory() / "control.sock"
 
 
-def connect() -> Client:
+def connect(timeout_seconds: float | None = None) -> Client:
     """A client of the running service. Raises ServiceError (exit code 5 where there is none)."""
-    from ..service.client import Client
-    return Client(control_socket())
+    from ..service.client import TIMEOUT_SECONDS, Client
+    return Client(control_socket(), timeout_seconds=timeout_seconds or TIMEOUT_SECONDS)
 
 
 def output_option(function: _F) -> _F:

@@ -154,6 +154,12 @@ def _vm_exits(snapshot: Snapshot) -> Iterator[Row]:
             yield (vm.id, reason), float(vm.exits.get(reason, 0))
 
 
+def _mode_changes(snapshot: Snapshot) -> Iterator[Row]:
+    for vm in snapshot.vms:
+        for mode, count in vm.mode_changes.items():
+            yield (vm.id, mode), count
+
+
 def _residency(snapshot: Snapshot) -> Iterator[Row]:
     for cpu in snapshot.cpus:
         for mode in dict.fromkeys((*CPU_MODES, *cpu.residency_ns)):
@@ -288,6 +294,15 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mixvisor_vm_restarts_total", "counter", ("vm",),
            "How often the VM was started again after its first start.",
            _vms(lambda vm: vm.restarts)),
+    Family("mixvisor_vm_mode_changes_total", "counter", ("vm", "to"),
+           "How often the running guest was moved to a mode.", _mode_changes),
+    Family("mixvisor_vm_mode_change_stop_seconds_total", "counter", ("vm",),
+           "Time that the guest stood still while it was moved to another mode, in seconds.",
+           _vms(lambda vm: vm.mode_change_stop_ns * NS)),
+    Family("mixvisor_vm_saves_total", "counter", ("vm",),
+           "How often the VM was saved to a file.", _vms(lambda vm: vm.saves)),
+    Family("mixvisor_vm_restores_total", "counter", ("vm",),
+           "How often the VM was started from a file.", _vms(lambda vm: vm.restores)),
     Family("mixvisor_vm_weight", "gauge", ("vm",),
            "Weight of the VM when CPUs are shared; 100 is the default.",
            _vms(lambda vm: vm.weight)),

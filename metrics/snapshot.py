@@ -118,6 +118,10 @@ class VmSnapshot:
     disks: Mapping[str, DiskSnapshot] = field(default_factory=dict[str, "DiskSnapshot"])   # by drive: fda, hda
     mode_notes: tuple[str, ...] = ()                # what the mode goes against, sentences
     mode_alternatives: tuple[ModeAlternative, ...] = ()
+    mode_changes: Mapping[str, int] = field(default_factory=dict[str, int])     # of a running guest, by target mode
+    mode_change_stop_ns: int = 0                    # that the guest stood still in them
+    saves: int = 0                                  # to files
+    restores: int = 0                               # from files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

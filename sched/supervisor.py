@@ -259,6 +259,20 @@ class Scheduler:
         self._table.bump()
         await self._plan()
 
+    async def set_mode(self, vm: str, mode: str) -> None:
+        """A VM runs in another mode from now on: it is placed, batched and accounted with that mode."""
+        self._end_loan_of(vm, f"VM {vm!r} changed its mode")
+        with trio.CancelScope(shield=True):
+            for vcpu in self._table.of(vm):
+                # Out of its dispatcher's hands: that one takes the mode of a vCPU when it gets it.
+                await self._take_away(vcpu)
+                if not self._table.holds(vcpu):
+                    continue                       # released meanwhile
+                self._account()                    # what it has run so far was in the old mode
+                vcpu.thread = replace(vcpu.thread, mode=mode)
+                self._table.set(vcpu, "mode", MODES.index(mode))
+            await self._plan()
+
     def schedules(self, vm: str) -> bool:
         """Whether the VM is admitted, and not on its way out."""
         return any(not vcpu.leaving for vcpu in self._table.of(vm))

@@ -16,6 +16,9 @@ Control, JSON, every answer an object with `schema`:
     POST /v1/vms/{name}/profile-end       ends it if it has not ended; what was sampled
     POST /v1/vms/{name}/parameters        {"weight": n, "cap": n, "reservation": n, "latency": "low",
                                           "cpus": "0-3"}: those to change
+    POST /v1/vms/{name}/mode              {"mode": "hardware"}: move the running guest; {"changed", "stop_seconds"}
+    POST /v1/vms/{name}/save              {"file": path, "leave_running": false}, both optional; {"file", "bytes"}
+    POST /v1/restore                      {"file": path, "name": optional}: start a VM from a file; {"name", "mode"}
     GET  /v1/warnings
     GET  /v1/policy                       [scheduler] as it is in force
     POST /v1/policy                       keys of it with new values; the whole of it as in force then
@@ -43,6 +46,7 @@ import binascii
 import contextlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, get_args
 
 import structlog
@@ -55,6 +59,7 @@ from starlette.routing import Route
 
 from ..metrics.mixing.result import MixingResult, ResultError
 from ..metrics.snapshot import Snapshot, VmSnapshot
+from ..vm.modes import Mode
 from .backend import Action, Backend, NotFound, ServiceError, Unusable
 from .wire import SCHEMA, to_json
 
@@ -72,6 +77,7 @@ INPUTS_MAX_SECONDS: Final = 20.0       # below the client's patience
 EXITS_MAX: Final = 256           # places in one answer (vm/worker/eyes.py)
 HZ_MAX: Final = 1000
 SECONDS_MAX: Final = 600
+MODES: Final = get_args(Mode)
 ACTIONS: Final = get_args(Action)
 INDEX: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Mixvisor</title>
 <h1>Mixvisor</h1><p><a href="/metrics">/metrics</a> &middot; <a href="/-/healthy">/-/healthy</a>
@@ -107,6 +113,9 @@ def control_app(backend: Backend) -> Starlette:
             Route(vm + "/profile", control.profile, methods=["POST"]),
             Route(vm + "/profile-end", control.profile_end, methods=["POST"]),
             Route(vm + "/parameters", control.set_parameters, methods=["POST"]),
+            Route(vm + "/mode", control.set_mode, methods=["POST"]),
+            Route(vm + "/save", control.save, methods=["POST"]),
+            Route("/v1/restore", control.restore, methods=["POST"]),
             Route(vm + "/{action}", control.act, methods=["POST"]),
             Route("/v1/policy", control.policy, methods=["GET"]),
             Route("/v1/policy", control.set_policy, methods=["POST"]),
@@ -217,6 +226,30 @@ class _Control:
         name = request.path_params["name"]
         self._find(name)
         return _answer({"name": name, "parameters": await self._backend.set_parameters(name, await _body(request))})
+
+    async def set_mode(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        mode: Any = (await _body(request)).get("mode")
+        self._find(name)
+        if mode not in MODES:
+            raise Unusable(f"mode is one of {', '.join(MODES)}")
+        return _answer({"name": name, **await self._backend.set_mode(name, mode)})
+
+    async def save(self, request: Request) -> Response:
+        name, body = request.path_params["name"], await _body(request)
+        self._find(name)
+        leave_running = body.get("leave_running", False)
+        if type(leave_running) is not bool:
+            raise Unusable("leave_running is true or false")
+        file = None if body.get("file") is None else _path(body["file"])
+        return _answer({"name": name, **await self._backend.save(name, file, leave_running=leave_running)})
+
+    async def restore(self, request: Request) -> Response:
+        body = await _body(request)
+        name = body.get("name")
+        if name is not None and not isinstance(name, str):
+            raise Unusable("name is that of a VM")
+        return _answer(await self._backend.restore(_path(body.get("file")), name))
 
     async def recording(self, request: Request) -> Response:
         text = request.query_params.get("seconds")
@@ -331,6 +364,13 @@ class _Control:
             raise Unusable(f"scancodes must be an array of at most {MAX_KEYS} pairs [scan code, "
                            "ASCII code], each 0 to 255")
         return await self._ask(request, "keys", scancodes=codes)
+
+
+def _path(text: Any) -> Path:
+    """A file of the service's host. Raises Unusable."""
+    if not isinstance(text, str) or "\0" in text or not text.startswith("/") or len(text) > 4096:
+        raise Unusable("file is the whole path of a file, from /")
+    return Path(text)
 
 
 def _is_key(pair: Any) -> bool:

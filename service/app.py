@@ -51,6 +51,7 @@ from .measured import Measured
 from .measuring import Measuring
 from .mixed import Mixed, measured_cost
 from .rivals import Rivals
+from .savefile import SUFFIX, SavedFile
 from .sharing import PARAMETERS, changed_scheduler, changed_vm, crossing_cost, scheduler_settings
 from .statedir import StateDir
 from .warnings import Board
@@ -218,7 +219,8 @@ class Service:
             async with trio.open_nursery() as lives:
                 context = MachineContext(
                     zygote=zygote, scheduler=scheduler, board=self.board, nursery=lives,
-                    changed=self._changed, rivals=self._rivals)
+                    changed=self._changed, rivals=self._rivals,
+                    technology=self.facts.technology)
                 self._define(context, state)
                 try:
                     async with trio.open_nursery() as starting:
@@ -434,6 +436,36 @@ class Service:
             self._cached = None
         # As in force: a cost that was measured stands in for the default.
         return {**self.scheduling.model_dump(), "crossing_cost_us": round(self._cost_used[0])}
+
+    async def set_mode(self, name: str, mode: Mode) -> dict[str, Any]:
+        machine = self._ready_machine(name)
+        answer = await machine.set_mode(mode)
+        self._cached = None
+        return answer
+
+    async def save(self, name: str, file: Path | None, *, leave_running: bool) -> dict[str, Any]:
+        machine = self._ready_machine(name)
+        if file is None:
+            folder = self._state_path / "saved"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            file = folder / f"{name}{SUFFIX}"
+        return await machine.save(file, leave_running=leave_running)
+
+    async def restore(self, file: Path, name: str | None) -> dict[str, Any]:
+        saved = await trio.to_thread.run_sync(SavedFile, file)
+        try:
+            machine = self._ready_machine(name or saved.header.name)
+        except ServiceError:
+            saved.close()
+            raise
+        await machine.start(saved)
+        return {"name": machine.name, "file": str(file), "mode": machine.decision.mode}
+
+    def _ready_machine(self, name: str) -> Machine:
+        machine = self.machine(name)
+        if not self.ready:
+            raise ServiceError("the service is starting or ending; try again")
+        return machine
 
     async def set_parameters(self, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
         machine = self.machine(name)

@@ -7,11 +7,13 @@ it, and tests put a fake in its place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from ..metrics.mixing.result import MixingResult
 from ..metrics.snapshot import Snapshot
 from ..sched.recorder import PackedRecording
+from ..vm.modes import Mode
 
 __all__ = [
     "Action", "Backend", "Conflict", "Denied", "NotFound", "ServiceError", "TimedOut", "Unusable",
@@ -78,6 +80,18 @@ class Backend(Protocol):
 
     async def record_inputs(self, seconds: float) -> Iterator[str]:
         """What run queues are told and answer from now on for so long, JSON lines. Raises ServiceError."""
+        ...
+
+    async def set_mode(self, name: str, mode: Mode) -> dict[str, Any]:
+        """Move the running guest; `mode`, `changed`, `stop_seconds`. Raises ServiceError."""
+        ...
+
+    async def save(self, name: str, file: Path | None, *, leave_running: bool) -> dict[str, Any]:
+        """Into a file (None: in the state directory); `file`, `bytes`, `seconds`, `running`. Raises ServiceError."""
+        ...
+
+    async def restore(self, file: Path, name: str | None) -> dict[str, Any]:
+        """Start a VM (None: the one that it was) from a file; `name`, `file`, `mode`. Raises ServiceError."""
         ...
 
     def recording(self, seconds: float | None) -> PackedRecording:

@@ -102,6 +102,19 @@ class Client:
         """`weight`, `cap`, `reservation`, `latency`, `cpus` as in force after the change."""
         return self._call("POST", _vm(name, "parameters"), change)["parameters"]
 
+    def set_mode(self, name: str, mode: str) -> dict[str, Any]:
+        """`mode`, `changed`, `stop_seconds`."""
+        return self._call("POST", _vm(name, "mode"), {"mode": mode})
+
+    def save(self, name: str, file: Path | None, *, leave_running: bool = False) -> dict[str, Any]:
+        """`file`, `bytes`, `seconds`, `running`."""
+        return self._call("POST", _vm(name, "save"), {
+            "file": None if file is None else os.fspath(file), "leave_running": leave_running})
+
+    def restore(self, file: Path, name: str | None = None) -> dict[str, Any]:
+        """`name`, `file`, `mode`."""
+        return self._call("POST", "/v1/restore", {"file": os.fspath(file), "name": name})
+
     def why(self, name: str) -> dict[str, Any]:
         """`state`, `reason`, `registers`, `report` ... (service/machine.py)."""
         return self._call("GET", _vm(name, "why"))

@@ -30,8 +30,9 @@ from .backend import ServiceError
 from .children import Child, Zygote
 from .images import Images
 from .link import Nonsense, WorkerLink, harmless, parse_ending
+from .savefile import SavedFile, identify
 
-__all__ = ["Incarnation", "StartFailed"]
+__all__ = ["Incarnation", "StartFailed", "shape"]
 
 START_SECONDS: Final = 20
 EXIT_SECONDS: Final = 1.0        # between the end of a worker's process and that of its socket
@@ -49,6 +50,8 @@ class Incarnation:
     def __init__(self, spec: WorkerSpec, images: Images, progress: int | None) -> None:
         self.spec = replace(spec, disks=images.disks)
         self.images = images
+        self._state: bytes | None = None   # of a saved VM, to go on from
+        self._progress_base = 0
         self.ending: Ending | None = None
         self.legacy: dict[str, dict[str, Any]] = {}   # `screen` and `serial` of a guest that has ended
         self.ended = trio.Event()          # the worker said how its guest ended, or is gone
@@ -79,12 +82,24 @@ class Incarnation:
         self._fds.append(fd)
         return fd
 
+    def go_on_from(self, saved: SavedFile) -> None:
+        """Before `launch`: memory is filled from a file, the worker gets the state in it. Raises SavedError. Blocks."""
+        saved.fits(self.spec.name, self.spec.memory_bytes, shape(self.spec), [identify(fd) for fd in self.images.fds])
+        saved.fill(self.memory_fd)
+        self._state = saved.state
+        self.spec = replace(self.spec, restored=True)
+        self._progress_base = self.progress() or 0
+
     async def launch(self, zygote: Zygote) -> None:
         """Fork the worker. Raises SpawnFailed."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
                 fds = [theirs.fileno(), self.memory_fd, self.status_fd, *self.images.fds]
+                if self._state is not None:
+                    # Owned: the worker reads it some time after this.
+                    fds.append(self._own(os.memfd_create("mixvisor-state", os.MFD_CLOEXEC)))
+                    os.pwrite(fds[-1], self._state, 0)
                 child = await zygote.spawn(
                     "worker", self.spec.to_json(), fds, title=f"mixvisor:{self.spec.name}")
             except BaseException:
@@ -180,7 +195,11 @@ class Incarnation:
         return self.ending
 
     def progress(self) -> int | None:
-        return self._progress_words[self._progress_at] if self._progress_page is not None else None
+        """What the guest has counted, since it was restored where it was."""
+        if self._progress_page is None:
+            return None
+        counted = self._progress_words[self._progress_at]
+        return counted - self._progress_base if counted >= self._progress_base else counted
 
     def resident_bytes(self) -> int:
         """Resident set of the worker, shared guest memory included, at most two seconds old; 0 once it is gone."""
@@ -231,6 +250,12 @@ class Incarnation:
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
+
+
+def shape(spec: WorkerSpec) -> dict[str, Any]:
+    """What a VM must have in common with a saved one whose state it is to go on from."""
+    return {"boot": spec.boot, "built-in guest": spec.builtin, "vCPUs": spec.vcpus,
+            "drives": [f"{disk.name} {disk.writable}" for disk in spec.disks]}
 
 
 def _sealed_memory(name: str, size: int) -> int:

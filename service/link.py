@@ -9,8 +9,10 @@ send no more packets than it was asked for, so it cannot keep the supervisor bus
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable
 from contextlib import suppress
+from socket import SCM_RIGHTS, SOL_SOCKET
 from typing import Any, Final
 
 import trio
@@ -75,8 +77,12 @@ class WorkerLink:
         else:
             raise Nonsense("an answer to what was not asked")
 
-    async def ask(self, op: str, *, seconds: float = ANSWER_SECONDS, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer. Raises TimedOut, Conflict (the guest has ended), ServiceError."""
+    async def ask(self, op: str, *, seconds: float = ANSWER_SECONDS, descriptor: int | None = None,
+                  **arguments: Any) -> dict[str, Any]:
+        """The worker's answer; it gets a copy of *descriptor*.
+
+        Raises TimedOut, Conflict (the guest has ended), ServiceError.
+        """
         if not self._open:
             raise Conflict("the VM has ended")
         self._next += 1
@@ -85,7 +91,12 @@ class WorkerLink:
         try:
             with trio.move_on_after(seconds):
                 try:
-                    await self._link.send(json.dumps({"id": number, "op": op, **arguments}).encode())
+                    request = json.dumps({"id": number, "op": op, **arguments}).encode()
+                    if descriptor is None:
+                        await self._link.send(request)
+                    else:
+                        rights = array("i", [descriptor]).tobytes()
+                        await self._link.sendmsg([request], [(SOL_SOCKET, SCM_RIGHTS, rights)])
                 except (OSError, trio.ClosedResourceError) as error:
                     raise Conflict("the VM has ended") from error
                 if self._open:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import structlog
@@ -33,7 +34,7 @@ from ..sched.shared import EVENTS
 from ..sched.supervisor import AdmissionRefused, Scheduler, VcpuThread
 from ..vm.engines.base import EXIT_KINDS
 from ..vm.lifecycle import ENDED, IllegalMove, Phase, Signal, decide_restart, move
-from ..vm.modes import ModeDecision
+from ..vm.modes import Mode, ModeDecision, moved
 from ..vm.worker.devices.disk import DAMAGED
 from ..vm.worker.protocol import Ending, WorkerSpec
 from ..vm.worker.status import DISK_COUNTERS
@@ -42,8 +43,10 @@ from .children import Zygote
 from .images import open_images
 from .incarnation import Incarnation
 from .link import WorkerLink, harmless_screen
+from .moving import Moves, ask_for_mode, check_move, write_saved
 from .reports import SHAPES, checked
 from .rivals import Rivals
+from .savefile import SavedFile
 from .statedir import SerialLog
 from .warnings import Board
 
@@ -68,6 +71,7 @@ class MachineContext:
     nursery: trio.Nursery
     changed: Callable[[], None]      # a VM moved along its life
     rivals: Rivals | None = None     # who may hold back a hardware VM; None: nobody looks
+    technology: str = ""             # of the host: what its KVM cannot go on from
 
 
 @dataclass(slots=True)
@@ -118,9 +122,13 @@ def _sum(one: DiskSnapshot | None, other: DiskSnapshot | None) -> DiskSnapshot:
 
 
 class _Life:
-    """From one `start` to its end, automatic restarts included: what is wanted, and how far it is."""
+    """From one `start` to its end, automatic restarts included: what is wanted, and how far it is.
 
-    def __init__(self) -> None:
+    `saved`: what its first incarnation goes on from; owned.
+    """
+
+    def __init__(self, saved: SavedFile | None = None) -> None:
+        self.saved = saved
         self.stop = trio.Event()               # its end is wanted, and no restart
         self.kill = trio.Event()               # the same, at once
         self.settled = trio.Event()            # the guest has run, or never will
@@ -155,7 +163,9 @@ class Machine:
         self._legacy: dict[str, dict[str, Any]] = {}   # what the last guest left: screen, serial
         self._ending: tuple[Ending, float] | None = None    # of the last guest, and when (seconds since 1970)
         self._life: _Life | None = None
-        self._switching = trio.Lock()          # one pause or resume at a time
+        self._switching = trio.Lock()          # one pause, resume, change of mode or save at a time
+        self._planned: ModeDecision | None = None      # of a guest that was moved: what its next start goes by
+        self.moves = Moves()
 
     @property
     def unfinished(self) -> bool:
@@ -183,13 +193,21 @@ class Machine:
         except IllegalMove as error:
             raise Conflict(str(error)) from error
 
-    async def start(self) -> None:
-        """Start it and return when the guest runs. Raises Conflict, ServiceError."""
+    async def start(self, saved: SavedFile | None = None) -> None:
+        """Start it, from *saved* where that is given (it is closed then), and return when the guest runs.
+
+        Raises Conflict, ServiceError.
+        """
         before = self._life
-        self._command(Signal.START)
+        try:
+            self._command(Signal.START)
+        except Conflict:
+            if saved is not None:
+                saved.close()
+            raise
         if before is not None:
             before.stop.set()                  # it waits for its automatic restart: the operator is faster
-        life = self._life = _Life()
+        life = self._life = _Life(saved)
         self._context.nursery.start_soon(self._lives, life)
         await life.settled.wait()
         if life.refusal is not None:
@@ -234,25 +252,92 @@ class Machine:
 
     async def pause(self) -> None:
         async with self._switching:
-            one, link = self._in(Phase.RUNNING, "pause")
-            try:
-                await link.ask("pause")
-                await self._context.scheduler.pause(self.name)
-                self._switched(one, Signal.PAUSE)
-            except BaseException:
-                await self._undo(one, Phase.RUNNING, "resume")
-                raise
+            await self._pause()
+
+    async def _pause(self) -> None:
+        one, link = self._in(Phase.RUNNING, "pause")
+        try:
+            await link.ask("pause")
+            await self._context.scheduler.pause(self.name)
+            self._switched(one, Signal.PAUSE)
+        except BaseException:
+            await self._undo(one, Phase.RUNNING, "resume")
+            raise
 
     async def resume(self) -> None:
         async with self._switching:
-            one, link = self._in(Phase.PAUSED, "resume")
+            await self._resume()
+
+    async def _resume(self) -> None:
+        one, link = self._in(Phase.PAUSED, "resume")
+        try:
+            await self._context.scheduler.resume(self.name)
+            await link.ask("resume")
+            self._switched(one, Signal.RESUME)
+        except BaseException:
+            await self._undo(one, Phase.PAUSED, "pause")
+            raise
+
+    def _alive(self, what: str) -> tuple[Incarnation, WorkerLink]:
+        one = self._live_one
+        if self.phase not in (Phase.RUNNING, Phase.PAUSED) or one is None or one.link is None:
+            raise Conflict(f"{self.name} is {self.phase.value}; {what} needs a running or paused VM")
+        return one, one.link
+
+    # -- another mode, a file -------------------------------------------------------------
+
+    async def set_mode(self, mode: Mode) -> dict[str, Any]:
+        """The guest goes on in another mode, until it ends. Raises Conflict, and has changed nothing then."""
+        async with self._switching:
+            one, link = self._alive("a change of mode")
+            planned = self._planned or self.decision
+            rivals = self._context.rivals if mode == "hardware" else None
+            stop_ns = 0
+            changed = self.decision.mode != mode
+            if changed:
+                check_move(self.name, planned, self.decision.mode, mode)
+                if rivals is not None:
+                    await rivals.admit(self.name)
+                # Once the worker is asked, what came of it must be known.
+                with trio.CancelScope(shield=True):
+                    stop_ns = await ask_for_mode(link, self.name, self.decision.mode, mode, self._context.technology)
+                    if self._live_one is not one:
+                        raise Conflict(f"{self.name} ended meanwhile; it is {self.phase.value}")
+                    self._planned, self.decision = planned, moved(planned, mode)
+                    self.moves.note(mode, stop_ns)
+                    await self._context.scheduler.set_mode(self.name, mode)
+                self._context.changed()
+                if rivals is not None:
+                    rivals.works()
+                log.info(f"{self.name} was moved to {mode} mode", code="vm-moved", vm=self.name, mode=mode,
+                         stop_ms=stop_ns / 1e6)
+            return {"mode": mode, "changed": changed, "stop_seconds": stop_ns / 1e9}
+
+    async def save(self, path: Path, *, leave_running: bool) -> dict[str, Any]:
+        """Into a file; then the VM ends, or goes on as it was. Raises ServiceError; then it goes on as it was."""
+        async with self._switching:
+            one, _link = self._alive("saving")
+            resume = self.phase is Phase.RUNNING
+            if resume:
+                await self._pause()
+            stood = time.monotonic()
+            saved = False
             try:
-                await self._context.scheduler.resume(self.name)
-                await link.ask("resume")
-                self._switched(one, Signal.RESUME)
-            except BaseException:
-                await self._undo(one, Phase.PAUSED, "pause")
-                raise
+                size = await write_saved(path, one, self.decision.mode)
+                saved = True
+            finally:
+                if resume and (leave_running or not saved):
+                    with trio.CancelScope(shield=True):
+                        await self._resume()
+            seconds = time.monotonic() - stood
+            self.moves.saves += 1
+            log.info(f"{self.name} is saved to {path}", code="vm-saved", vm=self.name, file=str(path), bytes=size,
+                     seconds=round(seconds, 3))
+        if not leave_running:
+            with trio.CancelScope(shield=True):
+                await self.stop()
+            self.reason = f"saved to {path}"
+        return {"file": str(path), "bytes": size, "seconds": seconds, "running": leave_running and resume}
 
     def _in(self, phase: Phase, command: str) -> tuple[Incarnation, WorkerLink]:
         one = self._live_one
@@ -332,6 +417,8 @@ class Machine:
                 self.restarts += 1
                 self._move(Signal.START)
         finally:
+            if life.saved is not None:
+                life.saved.close()             # nobody came so far
             life.stop.set()                    # it does not come back by itself
             life.over.set()
 
@@ -350,13 +437,23 @@ class Machine:
             self._tell_end(life, ending)
 
     async def _incarnate(self, life: _Life) -> Ending:
+        if self._planned is not None:
+            self.decision, self._planned = self._planned, None
         rivals = self._context.rivals if self.decision.mode == "hardware" else None
         if rivals is not None:
             await rivals.admit(self.name)
         images = (await trio.to_thread.run_sync(open_images, self.config) if self.config.drives
                   else open_images(self.config))
-        one = Incarnation(self.spec, images, self.config.progress)
+        spec = replace(self.spec, technology=self._context.technology)
+        one = Incarnation(spec, images, self.config.progress)
         try:
+            if life.saved is not None:
+                saved, life.saved = life.saved, None
+                try:
+                    await trio.to_thread.run_sync(one.go_on_from, saved)
+                finally:
+                    saved.close()
+                self.moves.restores += 1
             await one.launch(self._context.zygote)
             self._live_one, self._logged = one, 0
             async with trio.open_nursery() as nursery:
@@ -604,7 +701,9 @@ class Machine:
             bios_calls=total.bios_calls, interrupts=total.interrupts, timer_ticks_lost=total.timer_ticks_lost,
             disks=total.disks, console=config.console_kind, mode_notes=decision.notes,
             mode_alternatives=tuple(ModeAlternative(mode=other.mode, rule=other.rule, why=other.why,
-                                                    possible=other.possible) for other in decision.alternatives))
+                                                    possible=other.possible) for other in decision.alternatives),
+            mode_changes=dict(self.moves.changes), mode_change_stop_ns=self.moves.stop_ns, saves=self.moves.saves,
+            restores=self.moves.restores)
 
 
 def _logged_report(report: dict[str, Any] | None) -> dict[str, Any]:

@@ -41,7 +41,9 @@ from mixvisor.sched.inputs import FORMAT
 from mixvisor.sched.recorder import FlightRecorder, PackedRecording
 from mixvisor.sched.shared import SliceRecord
 from mixvisor.service.backend import Action, Conflict, Denied, NotFound, TimedOut
+from mixvisor.service.savefile import SavedError
 from mixvisor.service.sharing import PARAMETERS, changed_scheduler, changed_vm
+from mixvisor.vm.modes import Mode
 
 __all__ = ["FakeBackend", "FakeService", "make_vm"]
 
@@ -129,6 +131,8 @@ class FakeBackend:
         self.scheduling = SchedulerConfig()
         self.parameters: dict[str, VmConfig] = {}
         self.measured: MixingResult | None = None
+        self.modes: dict[str, str] = {}
+        self.saved: list[tuple[str, Path, bool]] = []
         self.ready = True
 
     def snapshot(self) -> Snapshot:
@@ -192,6 +196,29 @@ class FakeBackend:
             vm = self.parameters[name] = changed_vm(
                 vm, change, others=(), vm_cpus=(1,), limits=HostLimits((0, 1), 8 << 30))
         return {key: getattr(vm, key) for key in PARAMETERS}
+
+    async def set_mode(self, name: str, mode: Mode) -> dict[str, Any]:
+        self._known(name)
+        await trio.lowlevel.checkpoint()
+        if name == "hw-four":
+            raise Conflict("hw-four stays in hardware mode: it has four vCPUs")
+        changed = self.modes.get(name) != mode
+        self.modes[name] = mode
+        return {"mode": mode, "changed": changed, "stop_seconds": 0.0021 if changed else 0.0}
+
+    async def save(self, name: str, file: Path | None, *, leave_running: bool) -> dict[str, Any]:
+        self._known(name)
+        await trio.lowlevel.checkpoint()
+        where = file or Path(f"/var/lib/mixvisor/saved/{name}.mixvisor")
+        self.saved.append((name, where, leave_running))
+        return {"file": str(where), "bytes": 3 << 20, "seconds": 0.25, "running": leave_running}
+
+    async def restore(self, file: Path, name: str | None) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        if file.suffix != ".mixvisor":
+            raise SavedError(f"{file} is not a saved VM")
+        self._known(name or file.stem)
+        return {"name": name or file.stem, "file": str(file), "mode": "software"}
 
     async def record_inputs(self, seconds: float) -> Iterator[str]:
         head = {"mixvisor_inputs": FORMAT, "policy": "fair", "slice_ns": 5_000_000, "ratelimit_ns": 0,
@@ -271,8 +298,9 @@ class FakeBackend:
             return {"offset": offset, "dropped_bytes": 0, "end": len(self.serial_out),
                     "data": base64.b64encode(self.serial_out[offset:]).decode()}
         if op == "serial-input":
-            self.serial_out += base64.b64decode(arguments["data"])
-            return {}
+            data = base64.b64decode(arguments["data"])
+            self.serial_out += data
+            return {"accepted": len(data)}
         if op in INSIDE:
             return {**INSIDE[op], "name": name, "state": self._state[name]} if op == "why" else INSIDE[op]
         return {"registers": {"rax": 1}} if op == "registers" else {"calls": [[0x10, 0x0E, 4]]}

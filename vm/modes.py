@@ -43,7 +43,7 @@ from ..config.model import GIB, MIB, VmConfig, format_size
 
 __all__ = [
     "ENGINE_LIMITS", "RULES", "Alternative", "EngineLimit", "Mode", "ModeDecision", "ModeHost", "ModeRefusal",
-    "Rule", "Technology", "guest_system", "plan", "rules_table",
+    "Rule", "Technology", "guest_system", "moved", "plan", "rules_table", "why_not_moved",
 ]
 
 Mode = Literal["software", "hardware"]
@@ -151,6 +151,7 @@ RULES: Final[Mapping[str, Rule]] = {rule.code: rule for rule in (
          _MANUAL),
     Rule("fallback", "software", "A guest that needs hardware runs in software where the host has "
          "none and the file says fallback = true.", _OURS),
+    Rule("request", "either", "An operator moved the running guest: until it ends it runs so.", _OURS),
     Rule("avoid-mixing", "either", "A guest that can run in both modes takes the one that keeps "
          "the whole set in one mode; where the others mix already, the VMs that it can meet on a core.", _MANUAL),
     Rule("default", "either", "Where nothing decides: hardware, except under PVM, which emulates "
@@ -162,6 +163,24 @@ RULES: Final[Mapping[str, Rule]] = {rule.code: rule for rule in (
     Rule("contradiction", "refused", "The engine that is named has not the mode that is named.",
          _OURS),
 )}
+
+
+def moved(planned: ModeDecision, mode: Mode) -> ModeDecision:
+    """How a VM runs that was moved to *mode* while it ran; *planned* is what its configuration says."""
+    if mode == planned.mode:
+        return planned
+    return ModeDecision(
+        mode, ENGINE_OF[mode], "request",
+        f"It was moved to {mode} by request while it ran; by its configuration it starts in {planned.mode}.",
+        (Alternative(planned.mode, planned.rule, planned.reason, possible=True),))
+
+
+def why_not_moved(planned: ModeDecision, mode: Mode) -> str | None:
+    """What keeps a VM from ever running in *mode* on this host; None: nothing."""
+    for other in planned.alternatives:
+        if other.mode == mode and not other.possible:
+            return other.why
+    return None
 
 
 def rules_table() -> str:

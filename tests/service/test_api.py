@@ -215,6 +215,35 @@ async def test_screen_keys_and_serial_reach_the_guest(path, backend):
     assert backend.typed == [[0x2F, 118], [0x1C, 13]]
 
 
+async def test_modes_and_files_go_through_the_api(path, backend):
+    async with served(control_app(backend), unix_socket=path):
+        moved = await call(path, lambda c: c.set_mode("sw-one", "hardware"))
+        assert (moved["name"], moved["mode"], moved["changed"]) == ("sw-one", "hardware", True)
+        saved = await call(path, lambda c: c.save("sw-one", Path("/x/sw-one.mixvisor"), leave_running=True))
+        assert (saved["file"], saved["running"]) == ("/x/sw-one.mixvisor", True)
+        restored = await call(path, lambda c: c.restore(Path("/x/sw-one.mixvisor")))
+        assert (restored["name"], restored["mode"]) == ("sw-one", "software")
+        with pytest.raises(Conflict, match="stays in hardware mode"):
+            await call(path, lambda c: c.set_mode("hw-four", "software"))
+
+
+@pytest.mark.parametrize(("url", "body", "says"), [
+    ("vms/dos/mode", {}, "mode is one of software, hardware"),
+    ("vms/dos/mode", {"mode": ["software"]}, "mode is one of"),
+    ("vms/dos/save", {"leave_running": 1}, "leave_running is true or false"),
+    ("vms/dos/save", {"file": "relative"}, "file is the whole path"),
+    ("vms/dos/save", {"file": 5}, "file is the whole path"),
+    ("restore", {}, "file is the whole path"),
+    ("restore", {"file": "/x\0y"}, "file is the whole path"),
+    ("restore", {"file": "/x", "name": 3}, "name is that of a VM"),
+])
+async def test_a_body_that_makes_no_sense_is_refused_in_a_sentence(path, backend, url, body, says):
+    async with served(control_app(backend), unix_socket=path):
+        response = await ask(path, "POST", f"/v1/{url}", json=body)
+    assert response.status_code == 422
+    assert says in response.json()["error"]["message"]
+
+
 async def test_shutdown_is_asked_for_and_answered(path, backend):
     async with served(control_app(backend), unix_socket=path):
         await call(path, lambda c: c.shutdown())
