@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mixvisor.vm.engines import kick
-from mixvisor.vm.engines.base import RBX, RIP, RSP, CpuState, Exit, ExitKind, ExitReason, HostLimit
+from mixvisor.vm.engines.base import (
+    RBX,
+    RIP,
+    RSP,
+    CpuState,
+    EngineError,
+    Exit,
+    ExitKind,
+    ExitReason,
+    HostLimit,
+    WholeState,
+)
 from mixvisor.vm.engines.entry import flat_state
 from mixvisor.vm.engines.kvm.engine import KvmCpu, create_several
 from mixvisor.vm.engines.kvm.topology import Leaf, several
@@ -236,6 +247,14 @@ def test_closing_leaves_no_kick_byte_behind_in_any_order(vm):
 def test_more_vcpus_than_kvm_takes_are_refused_with_the_number():
     with pytest.raises(HostLimit, match=r"at most \d+ vCPUs a VM, not 5000"):
         create_several(mmap.mmap(-1, 1 << 20), [RecordingBus()] * 5000, [memoryview(b"")] * 5000)
+
+
+def test_a_vcpu_of_several_is_not_saved_by_itself(vm):
+    machine = vm(2)
+    with pytest.raises(EngineError, match="several vCPUs"):
+        machine.cpus[0].get_whole()
+    with pytest.raises(EngineError, match="several vCPUs"):
+        machine.cpus[1].set_whole(WholeState())
 
 
 # What CPUID tells, without a device.

@@ -430,6 +430,8 @@ class KvmCpu:
 
     def get_whole(self) -> WholeState:
         """`run` has returned, so no port instruction is half done (see "Leaving" above)."""
+        if self._several:
+            raise EngineError("a VM with several vCPUs cannot be saved or moved: its local APICs are not carried")
         vcpu = self._vcpu
         if self._several:
             raise EngineError("a VM with several vCPUs has local APICs, which cannot be carried yet")
@@ -446,6 +448,8 @@ class KvmCpu:
             raise EngineError(f"KVM did not give the CPU state: {error}") from error
 
     def set_whole(self, whole: WholeState) -> None:
+        if self._several:
+            raise EngineError("a VM with several vCPUs cannot be restored: its local APICs are not carried")
         vcpu = self._vcpu
         debug = abi.DebugRegisters(dr6=whole.debug[4], dr7=whole.debug[5])
         debug.db[:] = whole.debug[:4]
