@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import random
 import signal
 import struct
 import threading
@@ -46,6 +47,8 @@ WAITS = bytes.fromhex(
 SENDS = bytes.fromhex(
     "bf0000e0fec787f0000000ff010000c7871003000000000001c7870003000000450000c7870003000008460000f390803d040002000175f531db"
     "43c7871003000000000001c7870003000040400000f390391d0000020075f683fb6472dc88d8e6f4ebfe")
+# The first: starts the second, then counts at 20004h for ever.
+FIRST = STARTS[:STARTS.index(b"\xF3\x90")] + bytes.fromhex("ff0504000200 ebf8")
 SPIN, CLI_HLT, STI_HLT = b"\xEB\xFE", b"\xFA\xF4", b"\xFB\xF4\xEB\xFD"
 
 pytestmark = pytest.mark.kvm
@@ -89,6 +92,7 @@ class Several:
                 return
 
     def end(self) -> None:
+        """Idempotent."""
         self._ending = True
         for thread in self._threads:
             while thread.is_alive():
@@ -247,6 +251,24 @@ def test_closing_leaves_no_kick_byte_behind_in_any_order(vm):
 def test_more_vcpus_than_kvm_takes_are_refused_with_the_number():
     with pytest.raises(HostLimit, match=r"at most \d+ vCPUs a VM, not 5000"):
         create_several(mmap.mmap(-1, 1 << 20), [RecordingBus()] * 5000, [memoryview(b"")] * 5000)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_code_on_the_second_vcpu_ends_or_is_kicked_and_never_ends_the_process(vm, seed):
+    rng = random.Random(seed)
+    for _ in range(5):
+        machine = vm(2)
+        machine.start(FIRST, rng.randbytes(512))
+        other = threading.Thread(target=lambda machine=machine: (
+            until(lambda: machine.word(0x20004) > 3), [cpu.kick() for cpu in machine.cpus]))
+        machine.poke(0x20004, bytes(4))
+        other.start()
+        # The first counts at 20004h; whatever the second does, it is kicked and its registers can be read.
+        assert machine.cpus[0].run().reason is ExitReason.KICKED
+        other.join()
+        machine.end()
+        if 1 in machine.left:
+            assert isinstance(machine.left[1].reason, ExitReason)
 
 
 def test_a_vcpu_of_several_is_not_saved_by_itself(vm):

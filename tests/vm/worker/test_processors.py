@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import signal
 import struct
+import threading
 from pathlib import Path
 
 import pytest
 
-from mixvisor.vm.engines.base import ExitKind
+from mixvisor.vm.engines import kick
+from mixvisor.vm.engines.base import EngineError, Exit, ExitKind, ExitReason
+from mixvisor.vm.worker.machine import Machine
 from mixvisor.vm.worker.memory import CONVENTIONAL_END, GuestMemory
 from mixvisor.vm.worker.mptable import POINTER, install
+from mixvisor.vm.worker.processors import Processors
 from mixvisor.vm.worker.status import VCPUS_MAX, Phase
 
 from .test_worker import HALTING
@@ -27,6 +32,15 @@ FOR_EVER = FIRST.replace(struct.pack("<I", 1000), struct.pack("<I", 0xFFFF_FFFF)
 def image(second: bytes = COUNTS, first: bytes = FIRST) -> bytes:
     """Loaded at 8000h."""
     return second.ljust(0x8000, b"\0") + first
+
+
+def until(condition):
+    waiting = threading.Event()
+    for _ in range(4000):
+        if condition():
+            return
+        waiting.wait(0.005)
+    raise AssertionError("the condition did not come about")
 
 
 def count(worker) -> int:
@@ -166,6 +180,87 @@ def test_the_software_engine_says_that_it_has_one_vcpu(start):
 def test_more_vcpus_than_the_status_page_has_room_for_are_refused(start):
     worker = start("kvm", image(), bits=32, load=0x8000, entry=0x10000, vcpus=VCPUS_MAX + 1)
     assert f"at most {VCPUS_MAX} vCPUs" in worker.event("failed")["reason"]
+
+
+# The threads, with vCPUs that are made here.
+
+class Blocked:
+    """A vCPU that runs until it is kicked, or does what it was told once."""
+
+    def __init__(self, then=None):
+        self.runs, self._then = 0, then
+        self._kick = threading.Event()
+
+    def run(self):
+        self.runs += 1
+        if isinstance(self._then, BaseException):
+            raise self._then
+        if self._then is not None:
+            return self._then
+        self._kick.wait()
+        self._kick.clear()
+        return Exit(ExitReason.KICKED)
+
+    def kick(self):
+        self._kick.set()
+
+
+@pytest.fixture
+def crew(clock):
+    """Makes `Processors` with these vCPUs running; they end with the test."""
+    made = []
+    kick.install((signal.SIGUSR1,))
+
+    def make(*cpus, held=False):
+        made.append(Processors(Machine(GuestMemory(bytearray(1 << 20)), clock, lambda _name, _n: None)))
+        made[-1].start(cpus, held=held)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_held_vcpus_do_not_run_until_they_are_let_go(crew):
+    cpus = Blocked(), Blocked()
+    processors = crew(*cpus)
+    assert len(set(processors.threads)) == 3
+    for _ in range(20):
+        processors.hold()
+        before = [cpu.runs for cpu in cpus]
+        for cpu in cpus:
+            cpu.kick()
+        processors.hold()
+        assert [cpu.runs for cpu in cpus] == before
+        processors.go_on()
+        until(lambda before=before: all(cpu.runs > old for cpu, old in zip(cpus, before, strict=True)))
+
+
+def test_vcpus_that_start_held_have_not_run(crew):
+    cpu = Blocked()
+    processors = crew(cpu, held=True)
+    processors.hold()
+    assert cpu.runs == 0
+    processors.go_on()
+    until(lambda: cpu.runs == 1)
+
+
+@pytest.mark.parametrize("then", [EngineError("no more"), Exit(ExitReason.TRIPLE_FAULT, "dead")])
+def test_the_first_end_of_any_vcpu_stands_and_the_others_can_still_be_held(crew, then):
+    other = Blocked()
+    processors = crew(Blocked(then), other)
+    until(lambda: processors.ended)
+    assert (processors.ended.index, processors.ended.left) == (1, then)
+    processors.hold()
+    processors.end()
+    assert processors.ended.index == 1
+
+
+def test_the_end_of_all_ends_those_that_are_held_as_well(crew):
+    processors = crew(Blocked(), Blocked(), held=True)
+    processors.end()
+    assert not [thread for thread in threading.enumerate() if "_life" in thread.name]
 
 
 # The table of processors.
