@@ -21,7 +21,6 @@ without co-scheduling; BIOS calls are for the first vCPU, those of others do not
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -177,7 +176,7 @@ class Processors:
                     return
             # A kick between the look at `_held` and `run` is not lost, but it may end the run before: again.
             self._kick_all()
-            with self._changed, contextlib.suppress(TimeoutError):
+            with self._changed:
                 self._changed.wait_for(done, 0.02)
 
     def _kick_all(self) -> None:
