@@ -13,13 +13,16 @@ everything else; never in 4000h to 13000h, where test suites load real-mode code
     + C0h    memory map, then the list of modules, then all strings
     end      a stack of 1 KiB: the specification promises none, kernels push all the same
 
+The words of a BIOS' data area that say how much conventional memory there is are there, too: kernels place their
+real-mode code by them (Xen does).
+
 Command lines begin with the name of the file, as those of GRUB and QEMU do: kernels take the first word
 for their own name.
 
 Invariants.  Everything is checked before the first byte is written, so a `BootError` leaves memory
 alone.  Files are read by `os.pread`, never mapped: whoever truncates one cannot end the worker.
 
-Poor: no drive table, ROM table, APM or ELF symbols; the screen is always text of 80 by 25.
+Poor: no BIOS calls; no drive table, ROM table, APM or ELF symbols; the screen is always text of 80 by 25.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ _MEMORY, _COMMAND_LINE, _MODULES, _MAP, _NAME, _SCREEN = (1 << bit for bit in (0
 _TEXT: Final = 0xB_8000
 _TEXT_END: Final = 0xC_0000
 _CHUNK: Final = 1 << 20
+_BDA_EXTENDED, _BDA_MEMORY = 0x40E, 0x413      # segment of the extended data area, KiB of conventional memory
 
 
 class BootError(Exception):
@@ -84,6 +88,9 @@ def boot(memory: mmap.mmap, image: int, text: str, modules: Sequence[Module]) ->
     placed = _place_modules(modules, taken, len(memory))
     taken += placed
     at, block = _block(memory, text, modules, placed, taken)
+    low = min(len(memory), CONVENTIONAL_END)
+    memory[_BDA_EXTENDED:_BDA_EXTENDED + 2] = (low >> 4).to_bytes(2, "little")
+    memory[_BDA_MEMORY:_BDA_MEMORY + 2] = (low >> 10).to_bytes(2, "little")
     for part in kernel.parts:
         _load(memory, image, part.offset, part.file_bytes, part.address)
     for module, place in zip(modules, placed, strict=True):

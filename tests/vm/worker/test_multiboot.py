@@ -106,6 +106,7 @@ def test_the_kernel_is_entered_in_flat_32_bit_mode_with_tables_that_work(file):
     descriptor, = struct.unpack_from("<Q", memory, state.gdt.base + state.cs.selector)
     assert descriptor == 0x00CF_9B00_0000_FFFF
     assert state.gpr[RSP] % 16 == 0
+    assert struct.unpack_from("<H3xH", memory, 0x40E) == (0x9FC0, 639)
 
 
 @pytest.mark.parametrize(("address", "memory_bytes"), [
