@@ -3,8 +3,8 @@
 Theory.  The scheduler hands over the slice records that it reads anyway. Once a second they are folded into the online
 estimate (metrics/mixing/online.py), every `ESTIMATE_S` it is asked what it knows; both in a worker thread, off the
 host CPUs of the VMs. Records of a host CPU on which only one mode ran are thrown away unread, so a host whose modes do
-not meet pays nothing. Once `FULL` blocks are known it is *thrifty*: it looks for `STRETCH_S` of every `CYCLE_S`, which
-keeps the figure as fresh as it need be for a fifteenth of the cost.
+not meet pays nothing. Once `FULL` blocks are known it is *thrifty*: it looks for `STRETCH_S` of every `CYCLE_S` and
+only then asks, which keeps the figure fresh for a twenty-fourth of the cost.
 
 Two measurements may be there: this one, and the one that `mixvisor measure` made (measured.py). `told` is the
 one that warnings, gauges and budgets go by: what was concluded online, since it is about these VMs; else what was
@@ -45,8 +45,9 @@ log = structlog.get_logger("mixvisor")
 FOLD_S: Final = 1.0
 ESTIMATE_S: Final = 10.0
 FULL: Final = 300                  # blocks known, to be thrifty from then on
-CYCLE_S: Final = 60.0
-STRETCH_S: Final = 4.0
+TOO_FEW: Final = 100               # to be so no longer
+CYCLE_S: Final = 120.0
+STRETCH_S: Final = 5.0
 PENDING: Final = 40_000
 NAMES: Final = 8_192
 LATELY_S: Final = 60.0             # both modes on a host CPU within this time: "together"
@@ -92,6 +93,7 @@ class Measuring:
         self._pending: dict[int, list[SliceRecord]] = {}
         self._waiting = 0
         self._looking = True
+        self._thrifty = False
         self._looked_ns = self._skipped_ns = 0       # since crossings were counted last
         self._names: dict[int, tuple[str, Mode]] = {}
         self._lost_ns: dict[str, float] = {}
@@ -135,10 +137,6 @@ class Measuring:
                 self._online.reset(self._scheduling().slice_us * 1000)
             self._looking = not self._thrifty or now - estimated >= CYCLE_S - STRETCH_S
 
-    @property
-    def _thrifty(self) -> bool:
-        return self._estimate is not None and self._estimate.blocks >= FULL
-
     async def _round(self, estimate: bool) -> None:
         began = time.thread_time_ns()
         pending, self._pending, self._waiting = self._pending, {}, 0
@@ -173,6 +171,7 @@ class Measuring:
             found = await trio.to_thread.run_sync(work)
             if found is not None:
                 self._estimate = found
+                self._thrifty = found.blocks >= (TOO_FEW if self._thrifty else FULL)
                 self._conclude(config)
                 self._count_lost()
 

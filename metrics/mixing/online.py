@@ -55,7 +55,7 @@ SCRIPTED: Final = 1 << 8           # of `flags`, and all above: the order was no
 BLOCK_SLICES: Final = 200          # of one host CPU; more where there are many VMs
 SLICES_A_VM: Final = 10
 BLOCK_MOST: Final = 4000
-KEEP: Final = 600                  # blocks
+KEEP: Final = 400                  # blocks
 KEEP_NS: Final = 3600 * 10**9      # no block is used for longer
 GAP_NS: Final = 10**9              # a block does not go on beyond it: the VMs would be compared with another time's
 BURN_IN: Final = 8                 # blocks folded together, so that the first ones are clipped around a fit too
@@ -419,6 +419,7 @@ class _Regression:
         self._beta = [0.0] * _WIDTH
         self._inverse = [[0.0] * _WIDTH for _ in range(_WIDTH)]
         self._slope = 1.0
+        self._scores: list[list[float] | None] | None = None
         weight = sum(one.weight for one in present)
         if not present or not weight:
             return
@@ -452,19 +453,20 @@ class _Regression:
         """What each block adds to the coefficient's error; None where it is not told."""
         if not self.told[column]:
             return None
-        row = self._inverse[column]
-        added: list[float] = []
-        for one in self._sums:
-            if one is None:
-                added.append(0.0)
-                continue
-            score = list(one.xy)
-            for at, (i, j) in enumerate(_PAIRS):
-                score[i] -= one.xx[at] * self._beta[j]
-                if i != j:
-                    score[j] -= one.xx[at] * self._beta[i]
-            added.append(sum(r * s for r, s in zip(row, score, strict=True)) / self._slope)
-        return added
+        if self._scores is None:
+            self._scores = [None if one is None else self._score(one) for one in self._sums]
+        a, b, c, d, e, f, g = (value / self._slope for value in self._inverse[column])
+        return [0.0 if score is None else a * score[0] + b * score[1] + c * score[2] + d * score[3] + e * score[4]
+                + f * score[5] + g * score[6] for score in self._scores]
+
+    def _score(self, one: _Sums) -> list[float]:
+        """What a block's slices want the coefficients to be moved by."""
+        score, beta = list(one.xy), self._beta
+        for value, (i, j) in zip(one.xx, _PAIRS, strict=True):
+            score[i] -= value * beta[j]
+            if i != j:
+                score[j] -= value * beta[i]
+        return score
 
     @property
     def beta(self) -> list[float]:

@@ -125,6 +125,7 @@ async def test_once_enough_is_known_it_looks_for_a_part_of_the_time_and_lost_tim
     lab.on_demand = ON_DEMAND
     lab.measuring.reconsider()
     monkeypatch.setattr(measuring, "FULL", 0)
+    monkeypatch.setattr(measuring, "TOO_FEW", 0)
     monkeypatch.setattr(measuring, "FOLD_S", 0.01)
     monkeypatch.setattr(measuring, "CYCLE_S", 0.4)
     monkeypatch.setattr(measuring, "STRETCH_S", 0.1)
