@@ -1,18 +1,19 @@
 """A `Cpu` without an engine: a small real-mode interpreter for tests of the machine around it.
 
 Theory.  Tests of devices, BIOS and process loop need a guest that does port I/O, interrupts and
-HLT, deterministically, without /dev/kvm or Unicorn.  A few dozen opcodes of the 8086 are enough, and
-the contract suite that runs over the real engines runs over this one too, so that what
-a test sees here is what the engines do.
+HLT, deterministically, without /dev/kvm or Unicorn.  A few dozen opcodes of the 8086 are enough, with
+those that the BIOS' own handlers are made of (vm/worker/bios/handlers.asm).  The contract suite that
+runs over the real engines runs over this one too, so that what a test sees here is what the engines do.
 
 Invariants.  Deterministic: the same memory, state and bus give the same run.  An opcode that is not
 known raises #UD through the guest's vector table, as on a processor.  Kicks use the same native
 handler as the engines (`kick.py`).
 
-Poor: 16-bit only; of the flags only ZF and IF are kept; memory-mapped access is not watched; about 1 million
+Poor: 16-bit only; of the flags only CF, ZF and IF are kept; memory-mapped access is not watched; about 1 million
 instructions a second.
 Known: mov r,imm; mov ax/al to and from [moffs]; mov sreg,r; mov r,r; inc, dec, push, pop r16; inc
-word [m]; jmp, jz, jnz, jmp far, loop; int, iret; in, out; cli, sti, hlt, nop.
+word and dword [m]; mov and cmp dword [m],imm; cmp r8,imm; push imm, segment registers and flags; jmp, jc, jnc, jz,
+jnz, call, ret, jmp far, loop; int, iret; in, out; clc, stc, cli, sti, hlt, nop.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .base import (
 
 __all__ = ["FakeCpu", "create"]
 
-_ZF, _TF, _IF = 0x40, 0x100, 0x200
+_CF, _ZF, _TF, _IF = 0x01, 0x40, 0x100, 0x200
 _ORDER: Final = (0, 2, 3, 1, 6, 7, 4, 5)      # x86 encoding (ax cx dx bx sp bp si di) -> base.GPR
 _SEGMENTS: Final = ("es", "cs", "ss", "ds", "fs", "gs")
 
@@ -179,6 +180,54 @@ class FakeCpu:
         self._load_segment("cs", target >> 16)
         return True
 
+    def _compare(self, one: int, other: int) -> None:
+        flags = self._state.gpr[RFLAGS] & ~(_CF | _ZF)
+        self._state.gpr[RFLAGS] = flags | (_CF if one < other else 0) | (_ZF if one == other else 0)
+
+    def _holds(self, condition: int) -> bool:
+        """Of a conditional jump: 2 carry, 3 none, 4 zero, 5 not."""
+        return bool(self._flags & (_CF if condition < 4 else _ZF)) != bool(condition & 1)
+
+    def _dword(self) -> None:
+        """Behind an operand size prefix: inc, mov and cmp of dword [m]."""
+        code = self._fetch(1)
+        mode = self._fetch(1)
+        if (code, mode) not in ((0xFF, 0x06), (0xC7, 0x06), (0x81, 0x3E)):
+            raise _InvalidOpcode
+        address = self._state.ds.base + self._fetch(2)
+        if code == 0xFF:
+            value = self._load(address, 4) + 1 & 0xFFFF_FFFF
+            self._store(address, 4, value)
+            self._state.gpr[RFLAGS] = self._flags & ~_ZF | (0 if value else _ZF)
+        elif code == 0xC7:
+            self._store(address, 4, self._fetch(4))
+        else:
+            self._compare(self._load(address, 4), self._fetch(4))
+
+    def _stack(self, code: int) -> bool:
+        """Pushes and pops of what is no general register; False for another opcode."""
+        gpr = self._state.gpr
+        if code in (0x06, 0x0E, 0x16, 0x1E):
+            self._push(getattr(self._state, _SEGMENTS[code >> 3]).selector)
+        elif code in (0x07, 0x17, 0x1F):
+            self._load_segment(_SEGMENTS[code >> 3], self._pop())
+            self._shadow = code == 0x17
+        elif code == 0x68:
+            self._push(self._fetch(2))
+        elif code == 0x6A:
+            self._push((self._fetch(1) ^ 0x80) - 0x80)
+        elif code == 0x9C:
+            self._push(self._flags)
+        elif code == 0xE8:
+            distance = self._fetch(2)
+            self._push(gpr[RIP])
+            gpr[RIP] = gpr[RIP] + distance & 0xFFFF
+        elif code == 0xC3:
+            gpr[RIP] = self._pop()
+        else:
+            return False
+        return True
+
     def _jump(self, distance: int) -> None:
         self._state.gpr[RIP] = self._state.gpr[RIP] + (distance ^ 0x80) - 0x80 & 0xFFFF
 
@@ -229,10 +278,32 @@ class FakeCpu:
                 self._shadow = mode >> 3 & 7 == 2
         elif code == 0xEB:
             self._jump(self._fetch(1))
-        elif code in (0x74, 0x75):
+        elif code == 0xE9:
+            distance = self._fetch(2)
+            gpr[RIP] = gpr[RIP] + distance & 0xFFFF
+        elif 0x72 <= code <= 0x75:
             distance = self._fetch(1)
-            if bool(self._flags & _ZF) == (code == 0x74):
+            if self._holds(code & 7):
                 self._jump(distance)
+        elif code == 0x0F:
+            condition = self._fetch(1)
+            distance = self._fetch(2)
+            if not 0x82 <= condition <= 0x85:
+                raise _InvalidOpcode
+            if self._holds(condition & 7):
+                gpr[RIP] = gpr[RIP] + distance & 0xFFFF
+        elif code == 0x66:
+            self._dword()
+        elif code == 0x3C:
+            self._compare(self._get(0, 1), self._fetch(1))
+        elif code == 0x80:
+            mode = self._fetch(1)
+            if mode < 0xF8:
+                raise _InvalidOpcode
+            self._compare(self._get(mode & 7, 1), self._fetch(1))
+        elif code == 0xC6 and self._fetch(1) == 0x06:
+            address = self._state.ds.base + self._fetch(2)
+            self._store(address, 1, self._fetch(1))
         elif code == 0xE2:
             distance = self._fetch(1)
             self._set(1, 2, self._get(1, 2) - 1 & 0xFFFF)
@@ -251,12 +322,14 @@ class FakeCpu:
             gpr[RIP] = self._pop()
             self._load_segment("cs", self._pop())
             gpr[RFLAGS] = self._pop() | 2
+        elif code in (0xF8, 0xF9):
+            gpr[RFLAGS] = gpr[RFLAGS] & ~_CF | code & 1
         elif code == 0xFA:
             gpr[RFLAGS] &= ~_IF
         elif code == 0xFB:
             self._shadow = not gpr[RFLAGS] & _IF
             gpr[RFLAGS] |= _IF
-        elif code != 0x90:
+        elif code != 0x90 and not self._stack(code):
             raise _InvalidOpcode
         return False
 

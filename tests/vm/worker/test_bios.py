@@ -479,12 +479,7 @@ def test_a_block_move_copies_and_checks(bench):
     assert b.call(0x15, ax=0x8700, cx=5, es=0x500)["carry"] == 1
 
 
-def test_reboot_and_boot_failure_end_the_vm(bench):
-    b = bench()
-    b.call(0x19)
-    assert b.machine.ending.code == "reset"
-    b.call(0x18)
-    assert b.machine.ending.code == "reset"             # the first reason stands
+def test_boot_failure_ends_the_vm(bench):
     b = bench()
     b.call(0x18)
     assert b.machine.ending.code == "no-boot"
@@ -520,6 +515,29 @@ def test_date_and_time_are_utc_in_bcd(bench):
     assert b.call(0x1A, ax=0xB101)["carry"] == 1        # no PCI BIOS
 
 
+def test_date_and_time_can_be_set_and_go_on_from_there(bench):
+    b = bench()
+    assert b.call(0x1A, ax=0x0500, cx=0x1999, dx=0x1231)["carry"] == 0
+    assert b.call(0x1A, ax=0x0300, cx=0x2359, dx=0x5800)["carry"] == 0
+    b.clock.advance(3)
+    time, date = b.call(0x1A, ax=0x0200), b.call(0x1A, ax=0x0400)
+    assert (time["cx"], time["dx"] >> 8, date["cx"], date["dx"]) == (0x0000, 0x01, 0x2000, 0x0101)
+    assert b.call(0x1A, ax=0x0500, cx=0x2000, dx=0x0231)["carry"] == 1          # no 31st of February
+    assert b.call(0x1A, ax=0x0400)["dx"] == 0x0101
+
+
+def test_an_alarm_is_set_once_and_taken_back(bench):
+    b = bench()
+    assert b.call(0x1A, ax=0x0600, cx=0x1235, dx=0x0500)["carry"] == 0
+    assert b.call(0x1A, ax=0x0600, cx=0x1300, dx=0x0000)["carry"] == 1
+    b.clock.advance(9.5)                                # 12:35:05
+    b.machine.poll()
+    b.machine.port_out(0x70, 1, 0x0C)
+    assert b.machine.port_in(0x71, 1) & 0x20
+    b.call(0x1A, ax=0x0700)
+    assert b.call(0x1A, ax=0x0600, cx=0x1300, dx=0x0000)["carry"] == 0
+
+
 # Serial and printer services.
 
 def test_the_serial_service_prints_and_reads(bench):
@@ -530,7 +548,11 @@ def test_the_serial_service_prints_and_reads(bench):
     b.machine.serial.feed(b"Z")
     assert b.call(0x14, ax=0x0200)["ax"] == 0x005A
     assert b.call(0x14, ax=0x0300, dx=1)["ax"] >> 8 == 0x80
-    assert b.call(0x17, ax=0x0200)["ax"] >> 8 == 1
+    assert b.call(0x17, ax=0x0200)["ax"] >> 8 == 0x90
+    assert b.call(0x17, ax=0x0200, dx=1)["ax"] >> 8 == 1            # there is one
+    b.call(0x17, ax=0x0041)
+    assert b.machine.serial.ring.read(b.machine.serial.ring.end - 1, 1)[1] == b"A"
+    assert b.call(0x11)["ax"] >> 14 == 1
 
 
 @pytest.fixture

@@ -106,6 +106,68 @@ def test_a_one_shot_on_channel_2_is_over_after_its_count(clock):
     assert ports.read(0x61) & 0x20
 
 
+def read_back(ports, channel):
+    ports.write(0x43, 0xC0 | 2 << channel)   # count and status
+    status = ports.read(0x40 + channel)
+    return status, ports.read(0x40 + channel) | ports.read(0x40 + channel) << 8
+
+
+def test_read_back_tells_output_null_count_access_and_mode_and_the_count(clock):
+    ports = Ports(timer(clock))
+    ports.write(0x43, 0x30)                  # mode 0
+    assert read_back(ports, 0)[0] == 0x70    # output low, no count yet
+    ports.write(0x40, 0x00, 0x10)
+    assert read_back(ports, 0) == (0x30, 0x1000)
+    clock.advance(0x800 / PIT_HZ + 1e-9)
+    assert read_back(ports, 0) == (0x30, 0x800)
+    clock.advance(0x800 / PIT_HZ + 1e-9)
+    assert read_back(ports, 0)[0] == 0xB0
+
+
+@pytest.mark.parametrize("mode", [2, 3])
+def test_periodic_modes_start_high(clock, mode):
+    ports = Ports(timer(clock))
+    ports.write(0x43, 0x30 | mode << 1)
+    ports.write(0x40, 0x00, 0x10)
+    assert read_back(ports, 0) == (0xB0 | mode << 1, 0x1000)
+
+
+def test_a_closed_gate_stops_the_count_and_an_open_one_goes_on_or_starts_anew(clock):
+    ports = Ports(timer(clock))
+    ports.write(0x43, 0xB0)                  # channel 2, mode 0, the gate closed
+    ports.write(0x42, 0x00, 0x10)
+    clock.advance(0.1)
+    assert read_back(ports, 2)[1] == 0x1000
+    ports.write(0x61, 0x01)
+    clock.advance(0x400 / PIT_HZ + 1e-9)
+    ports.write(0x61, 0x00)
+    clock.advance(0.1)
+    assert read_back(ports, 2)[1] == 0xC00
+    ports.write(0x61, 0x01)
+    clock.advance(0xC00 / PIT_HZ + 1e-9)
+    assert ports.read(0x61) & 0x20
+    ports.write(0x61, 0x00)
+    ports.write(0x43, 0xB2)                  # mode 1: a rising gate starts it
+    ports.write(0x42, 0x00, 0x10)
+    clock.advance(1)
+    assert ports.read(0x61) & 0x20
+    ports.write(0x61, 0x01)
+    assert not ports.read(0x61) & 0x20
+    clock.advance(0x1000 / PIT_HZ + 1e-9)
+    assert ports.read(0x61) & 0x20
+
+
+def test_a_counter_counts_in_decimal(clock):
+    ports = Ports(timer(clock))
+    ports.write(0x43, 0x35)
+    ports.write(0x40, 0x00, 0x01)            # 100
+    assert read_back(ports, 0) == (0xB5, 0x100)
+    clock.advance(1 / PIT_HZ + 1e-9)
+    assert read_back(ports, 0)[1] == 0x99
+    clock.advance(99 / PIT_HZ + 1e-9)
+    assert read_back(ports, 0)[1] == 0x100
+
+
 @given(st.lists(st.tuples(st.sampled_from([0x40, 0x41, 0x42, 0x43, 0x61]), st.booleans(),
                           st.integers(0, 255), st.integers(0, 10**9)), max_size=60))
 def test_no_sequence_of_timer_accesses_gives_more_than_a_byte(accesses):
@@ -186,6 +248,58 @@ def test_the_cmos_tells_date_and_memory(clock):
 @given(st.integers(0, 99))
 def test_bcd_reads_as_decimal(value):
     assert f"{bcd(value):x}" == str(value)
+
+
+def test_the_clock_is_set_while_updates_are_stopped(clock):
+    ports = Ports(cmos(clock))
+
+    def register(index, *value):
+        ports.write(0x70, index)
+        ports.write(0x71, *value)
+        return ports.read(0x71)
+
+    register(0x0B, 0x82)
+    for index, value in ((0x32, 0x19), (9, 0x94), (8, 0x11), (7, 0x30), (4, 0x23), (2, 0x59), (0, 0x59)):
+        assert register(index, value) == value
+    clock.advance(10)                        # nothing moves meanwhile
+    assert register(0x00) == 0x59
+    register(0x0B, 0x02)
+    clock.advance(2)
+    assert [register(index) for index in (0x32, 9, 8, 7, 4, 2, 0)] == [0x19, 0x94, 0x12, 0x01, 0x00, 0x00, 0x01]
+
+
+def test_a_field_of_the_clock_is_set_at_once_in_twelve_hours_too(clock):
+    ports = Ports(cmos(clock))
+    ports.write(0x70, 0x0B)
+    ports.write(0x71, 0x04)                  # binary, 12 hours
+    ports.write(0x70, 0x04)
+    assert ports.read(0x71) == 0x8C          # noon
+    ports.write(0x71, 0x83)                  # three in the afternoon
+    assert ports.read(0x71) == 0x83
+    ports.write(0x70, 0x08)
+    ports.write(0x71, 13)                    # no such month: nothing happens
+    assert ports.read(0x71) == 3
+
+
+def test_an_update_shows_just_before_the_second(clock):
+    ports = Ports(cmos(clock))
+    ports.write(0x70, 0x0A)
+    seen = []
+    for _ in range(1000):
+        clock.advance(0.001)
+        seen.append(ports.read(0x71) >> 7)
+    assert 1 <= sum(seen) <= 3
+    assert seen[0] == 0
+
+
+def test_the_checksum_of_the_configuration_bytes_is_right(clock):
+    ports = Ports(cmos(clock))
+
+    def register(index):
+        ports.write(0x70, index)
+        return ports.read(0x71)
+
+    assert sum(register(index) for index in range(0x10, 0x2E)) == register(0x2E) << 8 | register(0x2F)
 
 
 # Interrupt controllers.
@@ -313,6 +427,18 @@ def test_no_sequence_of_accesses_confuses_the_controllers(accesses):
         elif c.device.asking:
             assert 0 <= c.device.acknowledge() <= 0xFF
         assert c.told[-1:] in ([], [c.device.asking])
+
+
+def test_a_level_triggered_line_asks_as_long_as_it_is_up():
+    c = Controllers()
+    c.write(0x4D0, 0xFF)
+    assert c.read(0x4D0) == 0xF8             # timer, keyboard and cascade are edges
+    c.device.set(4, True)
+    assert c.device.acknowledge() == 0x0C
+    c.end()
+    assert c.device.asking
+    c.device.set(4, False)
+    assert not c.device.asking
 
 
 # Interrupts of timer and clock.
@@ -545,13 +671,66 @@ def test_every_key_has_strokes_that_are_make_codes(scan, ascii_code):
     assert 0 <= make < 0x80
 
 
-def test_the_controller_answers_its_self_tests_without_an_interrupt(keyboard, line):
+def test_the_controller_answers_its_self_tests_without_an_interrupt_and_the_keyboard_with_one(keyboard, line):
     ports = Ports(keyboard)
     ports.write(0x64, 0xAA)
     assert ports.read(0x60) == 0x55
+    assert True not in line
     ports.write(0x60, 0xFF)
     assert (ports.read(0x60), ports.read(0x60)) == (0xFA, 0xAA)
-    assert True not in line
+    assert line.count(True) == 2
+
+
+@pytest.mark.parametrize(("sent", "answers"), [
+    ((0xF2,), (0xFA, 0xAB, 0x41)), ((0xEE,), (0xEE,)), ((0xED, 0x02), (0xFA, 0xFA)), ((0xF3, 0x00), (0xFA, 0xFA)),
+    ((0xF0, 0x00), (0xFA, 0xFA, 0x41)), ((0xF0, 0x01, 0xF0, 0x00), (0xFA, 0xFA, 0xFA, 0xFA, 0x43)),
+    ((0xF0, 0x03), (0xFA, 0xFE)), ((0x20,), (0xFE,)), ((0xED, 0xF4), (0xFA, 0xFA)), ((0xFF,), (0xFA, 0xAA)),
+    ((0xF4, 0xFE), (0xFA, 0xFA)),
+])
+def test_the_keyboard_answers_its_commands(keyboard, sent, answers):
+    ports = Ports(keyboard)
+    heard = []
+    for value in sent:
+        ports.write(0x60, value)
+        while ports.read(0x64) & 1:
+            heard.append(ports.read(0x60))
+    assert tuple(heard) == answers
+
+
+def test_without_translation_keys_come_in_set_2_or_in_the_set_that_was_asked_for(keyboard, clock):
+    ports = Ports(keyboard)
+    ports.write(0x64, 0x60)
+    ports.write(0x60, 0x05)
+    keyboard.press(0x1E, ord("A"))
+    assert read_codes(keyboard, clock) == [0x12, 0x1C, 0xF0, 0x1C, 0xF0, 0x12]
+    for value in (0xF0, 0x01):
+        ports.write(0x60, value)
+        assert ports.read(0x60) == 0xFA
+    clock.advance(BYTE_NS / 1e9)
+    keyboard.press(0x1E, ord("a"))
+    assert read_codes(keyboard, clock) == [0x1E, 0x9E]
+
+
+def test_a_keyboard_that_is_switched_off_says_nothing_until_it_is_on_again(keyboard, clock):
+    ports = Ports(keyboard)
+    ports.write(0x60, 0xF5)
+    assert ports.read(0x60) == 0xFA
+    assert keyboard.press(0x1E, ord("a"))
+    assert read_codes(keyboard, clock) == []
+    ports.write(0x60, 0xF4)
+    assert ports.read(0x60) == 0xFA
+    clock.advance(BYTE_NS / 1e9)
+    keyboard.press(0x1E, ord("a"))
+    assert read_codes(keyboard, clock) == [0x1E, 0x9E]
+
+
+def test_there_is_no_second_port(keyboard):
+    ports = Ports(keyboard)
+    for command in (0xA8, 0xA9):
+        ports.write(0x64, command)
+        assert not ports.read(0x64) & 1
+    ports.write(0x64, 0x20)
+    assert ports.read(0x60) & 0x20
 
 
 def test_the_reset_line_ends_the_machine_and_the_a20_line_does_not(keyboard, ended):
@@ -572,6 +751,28 @@ def test_the_cursor_is_where_the_crt_controller_says(clock):
         ports.write(0x3D4, index)
         ports.write(0x3D5, value)
     assert vga.cursor == 0x123
+
+
+def test_indices_flip_flop_and_palette_are_a_vga_cards(clock):
+    ports = Ports(Vga(clock))
+    ports.write(0x3D4, 0x09)
+    assert ports.read(0x3D5) == 0x4F         # 16 lines a character
+    ports.read(0x3DA)                        # the attribute controller expects an index
+    ports.write(0x3C0, 0x10, 0x0C, 0x30)
+    ports.read(0x3DA)
+    ports.write(0x3C0, 0x30)
+    assert ports.read(0x3C1) == 0x0C
+    ports.write(0x3C7, 0x07)
+    assert [ports.read(0x3C9) for _ in range(6)] == [0x2A, 0x2A, 0x2A, 0x00, 0x00, 0x15]
+    ports.write(0x3C8, 0xFF)
+    ports.write(0x3C9, 0x41, 0x02, 0x03)
+    ports.write(0x3C7, 0xFF)
+    assert [ports.read(0x3C9) for _ in range(3)] == [0x01, 0x02, 0x03]
+    ports.write(0x3C4, 0x02)
+    ports.write(0x3C5, 0x0F)
+    assert ports.read(0x3C5) == 0x0F
+    ports.write(0x3C2, 0xE3)
+    assert ports.read(0x3CC) == 0xE3
 
 
 def test_retrace_comes_and_goes(clock):

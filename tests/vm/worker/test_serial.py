@@ -178,6 +178,16 @@ def test_received_data_interrupts_until_it_is_read(clock):
     assert port.line
 
 
+def test_without_a_fifo_each_byte_is_an_edge_of_its_own(clock):
+    port = Port(clock)
+    port.write(IER, 0x01)
+    port.serial.feed(b"one by one")
+    for expected, byte in enumerate(b"one by one", 1):
+        assert port.edges() == expected
+        assert port.read(0) == byte
+    assert not port.line
+
+
 def test_the_fifo_tells_its_level_and_then_that_no_more_comes(clock):
     port = Port(clock)
     port.write(FCR, 0x81)                       # on, 8 bytes

@@ -9,10 +9,12 @@ org 0x800
 %define TICKS_PER_DAY 0x1800b0
 %define CONFIGURATION 0xe6f5
 %define DISKETTE 0xefc7
+%define BOOT_DRIVE 0xffef
+%define EXTENDED_AREA 0x0e          ; its segment, in segment 40h
 %define END_OF_INTERRUPT 0x20
 
 entries:
-    dw timer, keyboard, disk, system, keys, nothing, end_first, end_second, clock, redirected
+    dw timer, keyboard, disk, system, keys, nothing, end_first, end_second, clock, redirected, bootstrap, reset
 
 timer:                              ; INT 08h, line 0
     push ax
@@ -63,14 +65,21 @@ disk:                               ; INT 13h, 40h: AH=08h and AH=18h of a flopp
     mov di, DISKETTE
     jmp STUB(0x13)
 
-system:                             ; INT 15h: AH=C0h returns ES:BX, AH=86h waits with interrupts on
+system:                             ; INT 15h: AH=C0h returns ES:BX, C1h ES; AH=86h waits with interrupts on
     cmp ah, 0x86
     je .wait
+    cmp ah, 0xc1
+    je .extended_area
     cmp ah, 0xc0
     jne STUB(0x15)
     push word 0xf000
     pop es
     mov bx, CONFIGURATION
+    jmp STUB(0x15)
+.extended_area:
+    push word 0x40
+    pop es
+    mov es, [es:EXTENDED_AREA]
     jmp STUB(0x15)
 .wait:
     sti
@@ -120,3 +129,29 @@ redirected:                         ; INT 71h, line 9: what line 2 was on the fi
     pop ax
     int 0x0a
     iret
+
+bootstrap:                          ; INT 19h: the boot sector again, memory as it is
+    xor ax, ax
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
+    mov sp, 0x7c00
+    sti
+    mov dl, [cs:BOOT_DRIVE]
+    int 0x13                        ; AH=00h: reset
+    mov ax, 0x0201
+    mov bx, 0x7c00
+    mov cx, 1
+    mov dh, 0
+    int 0x13
+    jc .failed
+    mov ax, 0xaa55
+    jmp 0x0000:0x7c00
+.failed:
+    int 0x18
+
+reset:                              ; FFFF:0: by the keyboard controller, as every reset here
+    mov al, 0xfe
+    out 0x64, al
+    hlt
+    jmp reset

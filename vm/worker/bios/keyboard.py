@@ -4,7 +4,7 @@ Theory.  The buffer is the ring of 15 keys at 40:1Eh with head and tail at 40:1A
 on a PC: programs that peek or flush there work.  The handler of INT 09h (handlers.asm) puts keys into it;
 a guest that hooks that vector sees every code first.  While the buffer is full and the vector the
 BIOS' own, the keyboard is held, so that typed text waits for room; behind another handler a full buffer drops keys, as
-on a PC.  and tail are a guest's to overwrite, so they are checked at each use.
+on a PC.  Head and tail are a guest's to overwrite, so they are checked at each use.
 
 Waiting costs nothing.  AH=00h without a key puts the vCPU to sleep.  A guest that *polls* (AH=01h
 in a loop, as DOS does at its prompt) would burn its whole share doing nothing: after
@@ -116,6 +116,8 @@ class KeyboardService:
             self._poll(call)
         elif service == 0x02:
             call.al = self._memory.u8(rom.BDA_SHIFTS)
+        elif service == 0x09:
+            call.al = 0x20                     # capabilities: the enhanced services, 10h to 12h
         elif service == 0x12:
             call.ax = self._memory.u8(rom.BDA_SHIFTS)
         elif service == 0x05:

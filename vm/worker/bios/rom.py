@@ -9,7 +9,7 @@ Layout of segment F000 (linear F0000h):
 | E401h | parameter tables of two hard disks (vectors 41h, 46h) |
 | E6F5h | configuration table (INT 15h/C0h) |
 | EFC7h | diskette parameter table (vector 1Eh), at IBM's address |
-| FFF0h | reset entry (`int 19h`), date at FFF5h, model FCh (AT) at FFFEh |
+| FFEFh | the drive it boots from; FFF0h reset entry, date at FFF5h, model FCh (AT) at FFFEh |
 
 Segment registers can only be loaded by the guest itself, and interrupts are the guest's own code:
 hence handlers.asm, whose bytes lie beside it (a test assembles them anew).
@@ -69,6 +69,7 @@ _ENTRIES: Final[tuple[tuple[str, tuple[int, ...]], ...]] = (
     ("timer", (0x08,)), ("keyboard", (0x09,)), ("disk", (0x13, 0x40)), ("system", (0x15,)), ("keys", (0x16,)),
     ("nothing", (0x1C,)), ("end_first", (0x0A, 0x0B, 0x0C, 0x0D, 0x0E, 0x77)),
     ("end_second", (0x72, 0x73, 0x74, 0x75, 0x76)), ("clock", (0x70,)), ("redirected", (0x71,)),
+    ("bootstrap", (0x19,)), ("reset", ()),
 )
 
 
@@ -79,6 +80,11 @@ def _stub() -> bytes:
 @functools.cache
 def _handlers() -> bytes:
     return importlib.resources.files(__name__.rpartition(".")[0]).joinpath("handlers.bin").read_bytes()
+
+
+def _offset(name: str) -> int:
+    """Where an entry of handlers.asm lies in segment F000."""
+    return struct.unpack_from("<H", _handlers(), 2 * [entry for entry, _vectors in _ENTRIES].index(name))[0]
 
 
 def entries() -> dict[int, int]:
@@ -104,7 +110,8 @@ def _rom(disks: Mapping[int, Geometry]) -> bytes:
         (_CONFIGURATION, struct.pack("<HBBBBBBBB", 8, 0xFC, 0x01, 0x00, 0x70, 0, 0, 0, 0)),
         # Step rate and unload, load, motor off, 512-byte sectors, 18 a track, gaps, filler, times.
         (_DISKETTE, bytes.fromhex("AF 02 25 02 12 1B FF 6C F6 0F 08")),
-        (0xFFF0, b"\xCD\x19\xEB\xFE"),          # int 19h; stay
+        (0xFFEF, bytes([next(iter(disks), 0)])),       # where it boots from
+        (0xFFF0, struct.pack("<BHH", 0xEA, _offset("reset"), BIOS_SEGMENT)),        # jmp far
         (0xFFF5, b"01/01/26"),
         (0xFFFE, b"\xFC\x00"),
     ):
@@ -130,10 +137,11 @@ def install(memory: GuestMemory, *, disks: Mapping[int, Geometry], ticks: int) -
         memory.poke(n * 4, struct.pack("<HH", offset, segment))
     memory.poke(BDA, bytes(0x100))
     memory.poke_u16(BDA, 0x3F8)                # COM1
+    memory.poke_u16(BDA + 0x08, 0x378)         # LPT1
     memory.poke_u16(BDA + 0x0E, CONVENTIONAL_KIB << 6)
     floppies = sum(1 for drive in disks if drive < 0x80)
-    # 80x25 colour, one serial port, floppy drives: whether there are any, and how many but one.
-    memory.poke_u16(BDA_EQUIPMENT, 0x0220 | (0x01 | floppies - 1 << 6 if floppies else 0))
+    # 80x25 colour, a serial port, a printer, floppy drives: whether there are any, and how many but one.
+    memory.poke_u16(BDA_EQUIPMENT, 0x4220 | (0x01 | floppies - 1 << 6 if floppies else 0))
     memory.poke_u16(BDA_MEMORY_KIB, CONVENTIONAL_KIB)
     for address in (BDA_KEY_HEAD, BDA_KEY_TAIL):
         memory.poke_u16(address, BDA_KEYS)

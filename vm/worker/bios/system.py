@@ -1,8 +1,9 @@
 """The small services: equipment, memory size, system (15h), serial, printer, time of day.
 
 Time: the tick count lives in the guest's data area (40:6Ch) and is moved on by the guest's own handler of
-the timer interrupt (handlers.asm).  The date and time of day are the host's in UTC; setting them is
-accepted and does nothing.
+the timer interrupt (handlers.asm).  The date and time of day are the clock's (devices/cmos.py).
+
+The printer is there and prints to where the serial port does, as its ports do (devices/parallel.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def day_ticks(seconds_of_day: int) -> int:
     return seconds_of_day * TICKS_PER_DAY // 86_400
 
 
+def _number(decimal: int) -> int:
+    """What two BCD digits count."""
+    return (decimal >> 4) * 10 + (decimal & 0x0F)
+
+
 class System:
     def __init__(
         self, memory: GuestMemory, clock: Clock, cmos: Cmos, serial: Serial,
@@ -40,8 +46,7 @@ class System:
             memory, clock, cmos, serial, end)
         self.services: dict[int, Callable[[Call], None]] = {
             0x11: self._equipment, 0x12: self._memory_size, 0x14: self._serial_port,
-            0x15: self._system, 0x17: self._printer, 0x18: self._no_boot, 0x19: self._reboot,
-            0x1A: self._time,
+            0x15: self._system, 0x17: self._printer, 0x18: self._no_boot, 0x1A: self._time,
         }
 
     def _equipment(self, call: Call) -> None:
@@ -67,13 +72,15 @@ class System:
             call.ax = self._serial.line_status() << 8 | self._serial.modem_status()
 
     def _printer(self, call: Call) -> None:
-        call.ah = 0x01                         # timed out: there is none
+        if call.dx != 0 or call.ah > 2:
+            call.ah = 0x01                     # timed out: there is no such printer
+            return
+        if call.ah == 0:
+            self._serial.put(call.al)
+        call.ah = 0x90                         # not busy, selected
 
     def _no_boot(self, call: Call) -> None:
         self._end("no-boot", "the boot disk gave up (INT 18h): no operating system on it", None)
-
-    def _reboot(self, call: Call) -> None:
-        self._end("reset", "the guest asked for a reboot (INT 19h)", None)
 
     def _extended_kib(self) -> int:
         return max(0, (self._memory.size >> 10) - 1024)
@@ -91,6 +98,10 @@ class System:
             call.carry = False
         elif service == 0xC0:
             call.succeed()                     # ES:BX is loaded by the ROM's entry
+        elif service == 0xC1:
+            call.carry = False                 # ES, too
+        elif service in (0x90, 0x91):
+            call.succeed()                     # a device waits, or is done: nobody else to run
         elif service == 0x24:
             self._a20(call)
         elif call.ax == 0xE820:
@@ -171,7 +182,18 @@ class System:
             call.cx = bcd(now.year // 100) << 8 | bcd(now.year % 100)
             call.dx = bcd(now.month) << 8 | bcd(now.day)
             call.carry = False
-        elif service in (0x03, 0x05):
+        elif service == 0x03:
+            call.carry = not self._cmos.set_now(
+                hour=_number(call.ch), minute=_number(call.cl), second=_number(call.dh))
+        elif service == 0x05:
+            call.carry = not self._cmos.set_now(
+                year=_number(call.ch) * 100 + _number(call.cl), month=_number(call.dh), day=_number(call.dl))
+        elif service == 0x06:
+            call.carry = self._cmos.alarm_is_on
+            if not call.carry:
+                self._cmos.set_alarm((call.ch, call.cl, call.dh))
+        elif service == 0x07:
+            self._cmos.set_alarm(None)
             call.carry = False
         else:
             call.carry = True

@@ -200,6 +200,8 @@ class Video:
         if call.bl == 0x10:                    # EGA information: colour, 256 KiB, no switches
             call.bx = 0x0003
             call.cx = 0x0009
+        elif 0x30 <= call.bl <= 0x36:          # scan lines, palette, summing, cursor, refresh: nothing changes
+            call.al = 0x12
 
     def _write_string(self, call: Call) -> None:
         """AL bit 0: the cursor moves along; bit 1: attributes lie between the characters."""

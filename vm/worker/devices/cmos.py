@@ -1,15 +1,18 @@
 """The CMOS memory and its real-time clock (ports 70h, 71h), an MC146818 on interrupt line 8.
 
-Theory.  Date and time are the host's in UTC, in BCD or binary and 24 or 12 hours as register B asks; setting
-them is accepted and does nothing.  Three things can interrupt, each with an enable bit in
+Theory.  Date and time start as the host's in UTC, in BCD or binary and 24 or 12 hours as register B asks.  A guest may
+set them: the difference is kept until its end, at once or, while updates are stopped (SET in B), when they go on.
+An update shows as in progress (A, bit 7) for the last 2.2 ms of each second; reads are consistent all the same.
+Three things can interrupt, each with an enable bit in
 register B and a flag in C: periodic (rate in A), once a second (update ended), and the alarm.  As
 with the timer all follows from the clock: `poll` sets the flags that are due, `next_ns` says when one
 comes.  The line stays up until the guest reads C, which clears the flags: periodic interrupts that a guest did
 not fetch in time are lost, as on a PC.
 
 Units: periods of 1/32768 s times 2^(rate - 1).
-Where it is poor: an alarm is looked for in the last minute only, however long the VM was away; the
-update-in-progress bit never shows (a read is always consistent).
+Source: Motorola MC146818A data sheet; IBM PC/AT Technical Reference for the bytes behind the clock's.
+Where it is poor: an alarm is looked for in the last minute only, however long the VM was away; the divider chain
+always runs; the shutdown byte (0Fh) is only remembered, since a reset ends the VM.
 """
 
 from __future__ import annotations
@@ -35,13 +38,17 @@ _BINARY, _HOURS_24 = 0x04, 0x02
 _PERIODIC, _ALARM, _UPDATE, _ANY = 0x40, 0x20, 0x10, 0x80     # the same bits in B (enable) and C (flag)
 _SET: Final = 0x80                                            # B: updates stopped
 _ALARM_WINDOW_S: Final = 60
+_UPDATING: Final = 0x80                                       # A: an update is in progress
+_UPDATE_NS: Final = 2_228_000                                 # 244 us of warning, 1984 us of update
+_YEARS_S: Final = 200 * 366 * 86_400                         # no guest sets a date farther away
 
 
 class Cmos:
     """`changed()` is called when the guest asks for other interrupts than before."""
 
     SAVED: ClassVar[Field] = {
-        "_index": Number(127), "_since_ns": MOMENT, "_periods": COUNT, "_second": SECOND, "_ram": Raw(128)}
+        "_index": Number(127), "_since_ns": MOMENT, "_periods": COUNT, "_second": SECOND, "_ram": Raw(128),
+        "_offset_s": Number(_YEARS_S, -_YEARS_S)}
     WIRING: ClassVar[frozenset[str]] = frozenset({"_clock", "_interrupts", "_changed"})
 
     def __init__(self, clock: Clock, memory_bytes: int, disks: Mapping[int, Geometry],
@@ -50,6 +57,7 @@ class Cmos:
         self._index = 0
         self._since_ns = clock.monotonic_ns()      # periods are counted from here
         self._periods = 0
+        self._offset_s = 0                         # of the guest's date from the host's
         self._second = clock.wall_ns() // _SECOND_NS
         extended = min(max(0, (memory_bytes >> 10) - 1024), 0xFFFF)
         high = min(max(0, (memory_bytes >> 16) - 256), 0xFFFF)
@@ -66,14 +74,40 @@ class Cmos:
         self._ram[0x15:0x17] = (640).to_bytes(2, "little")
         self._ram[0x17:0x19] = self._ram[0x30:0x32] = extended.to_bytes(2, "little")
         self._ram[0x34:0x36] = high.to_bytes(2, "little")
+        self._ram[0x2E:0x30] = sum(self._ram[0x10:0x2E]).to_bytes(2, "big")      # the checksum that a setup keeps
 
     def ports(self) -> Iterable[PortClaim]:
         yield 0x70, ones, self._select
         yield 0x71, self._read, self._write
 
     def now(self) -> datetime.datetime:
-        seconds = self._clock.wall_ns() // _SECOND_NS
-        return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
+        return _date(self._clock.wall_ns() // _SECOND_NS + self._offset_s)
+
+    def set_now(self, **fields: int) -> bool:
+        """Set fields of the date (`year` to `second`); False when there is no such date."""
+        before = self.now()
+        now = {"year": before.year, "month": before.month, "day": before.day, "hour": before.hour,
+               "minute": before.minute, "second": before.second, **fields}
+        try:
+            wanted = datetime.datetime(**now, tzinfo=datetime.UTC)
+        except ValueError:
+            return False
+        offset = self._offset_s + round((wanted - before).total_seconds())
+        if abs(offset) > _YEARS_S:
+            return False
+        self._offset_s = offset
+        self._changed()
+        return True
+
+    def set_alarm(self, at: tuple[int, int, int] | None) -> None:
+        """The alarm at (hour, minute, second) in the registers' own form, or none: INT 1Ah/06h and 07h."""
+        if at is not None:
+            self._ram[5], self._ram[3], self._ram[1] = at
+        self._control(self._ram[_B] & ~_ALARM | (0 if at is None else _ALARM))
+
+    @property
+    def alarm_is_on(self) -> bool:
+        return bool(self._ram[_B] & _ALARM)
 
     # Interrupts.
 
@@ -119,7 +153,7 @@ class Cmos:
         return min(moments, default=None)
 
     def _alarm_at(self, second: int) -> bool:
-        now = datetime.datetime.fromtimestamp(second, tz=datetime.UTC)
+        now = _date(second + self._offset_s)
         wanted = self._ram[1], self._ram[3], self._ram[5]
         present = self._shown(now.second), self._shown(now.minute), self._hour(now.hour)
         return all(want >= 0xC0 or want == have for want, have in zip(wanted, present, strict=True))
@@ -145,8 +179,15 @@ class Cmos:
             self._interrupts.set(LINE, False)
             self._changed()
             return flags
-        if index not in _TIME:
+        if index == _A:
+            left_ns = _SECOND_NS - self._clock.wall_ns() % _SECOND_NS
+            stopped = self._ram[_B] & _SET
+            return self._ram[_A] | (_UPDATING if left_ns <= _UPDATE_NS and not stopped else 0)
+        if index not in _TIME or self._ram[_B] & _SET:
             return self._ram[index]
+        return self._field(index)
+
+    def _field(self, index: int) -> int:
         now = self.now()
         if index == 4:
             return self._hour(now.hour)
@@ -156,21 +197,60 @@ class Cmos:
         }[index])
 
     def _write(self, value: int) -> None:
-        # The clock registers cannot be set: guest time is host time.
-        if self._index in (_C, _D):
-            return
-        if self._index not in (_A, _B):
-            self._ram[self._index] = value
-            return
-        now_ns = self._clock.monotonic_ns()
-        self.poll(now_ns)
-        self._ram[self._index] = value
-        if self._index == _A:
+        index = self._index
+        if index in (_C, _D):
+            return                                 # read-only
+        if index == _B:
+            self._control(value)
+        elif index == _A:
+            now_ns = self._clock.monotonic_ns()
+            self.poll(now_ns)
+            self._ram[_A] = value & ~_UPDATING
             self._since_ns, self._periods = now_ns, 0
+            self._changed()
+        elif index in _TIME and not self._ram[_B] & _SET:
+            for at in _TIME:                       # the others stay what they are now
+                self._ram[at] = self._field(at)
+            self._ram[index] = value
+            self._take_registers()
+        else:
+            self._ram[index] = value
+
+    def _take_registers(self) -> None:
+        """The date that the clock's registers hold becomes now; a date that does not exist is not taken."""
+        binary = self._ram[_B] & _BINARY
+
+        def number(index: int) -> int:
+            raw = self._ram[index]
+            return raw if binary else (raw >> 4) * 10 + (raw & 0x0F)
+
+        hour = number(4)
+        if not self._ram[_B] & _HOURS_24:
+            half = self._ram[4] & 0x80
+            hour = ((self._ram[4] & 0x7F) if binary else (self._ram[4] >> 4 & 7) * 10 + (self._ram[4] & 0x0F)) % 12
+            hour += 12 if half else 0
+        self.set_now(year=number(_CENTURY) * 100 + number(9), month=number(8), day=number(7), hour=hour,
+                     minute=number(2), second=number(0))
+
+    def _control(self, value: int) -> None:
+        """Register B."""
+        self.poll(self._clock.monotonic_ns())
+        before, self._ram[_B] = self._ram[_B], value
+        if value & _SET and not before & _SET:     # updates stop: the registers hold what they showed
+            self._ram[_B] = value & ~_SET
+            for at in _TIME:
+                self._ram[at] = self._field(at)
+            self._ram[_B] = value
+        elif before & _SET and not value & _SET:
+            self._take_registers()
         if not self._ram[_C] & self._ram[_B] & (_PERIODIC | _ALARM | _UPDATE):
             self._ram[_C] &= ~_ANY
             self._interrupts.set(LINE, False)
         self._changed()
+
+
+def _date(second: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(second, tz=datetime.UTC)
 
 
 def bcd(value: int) -> int:

@@ -8,15 +8,22 @@ slow wire, and not before the guest has told the end of the interrupt (a VM that
 slower than any wire): until then a second read gets the same byte, on which programs rely that
 read port 60h in their own handler and go on to the BIOS'.  So a guest may wait for interrupts, poll, or leave it all
 to the BIOS (bios/rom.py has the handler of INT 09h).
-Answers of the controller to commands go first and do not interrupt: whoever gives a command polls for them.
+Answers go first.  Those of the controller do not interrupt: whoever gives it a command polls for them.  Those of the
+keyboard do, as a key's bytes: its drivers wait for the acknowledgement by interrupt.
 
 While `hold()` is true nothing more is shown: whoever types faster than a BIOS takes keys loses none.
 
 A byte carries the key that it completes, so that the BIOS need not guess the layout back (`key`, of the
 byte that was read last).
 
-Controller commands: self tests answer well, A20 is always open, FEh resets the machine.
-Where it is poor: no mouse; keys are pressed and released at once, nothing repeats.
+The keyboard speaks scan code set 2 and the controller translates (command byte, bit 6): to a guest it is set 1.  A
+guest that switches translation off gets set 2 unless it asks for set 1.
+
+Controller commands: self tests answer well, A20 is always open (the bit is remembered), FEh resets the machine, and
+there is no second port: its commands get no answer and its bit of the command byte says disabled.
+Source: IBM PC/AT and PS/2 Technical References, keyboard and keyboard controller.
+Where it is poor: no mouse, no set 3; keys are pressed and released at once, nothing repeats; keys of the navigation
+block have the codes of the numeric pad's, without the prefix E0h.
 """
 
 from __future__ import annotations
@@ -38,7 +45,15 @@ SHIFT, CTRL, ALT = 0x2A, 0x1D, 0x38              # make codes
 _BREAK: Final = 0x80
 
 _OUTPUT_FULL, _SYSTEM, _COMMAND, _NOT_LOCKED = 0x01, 0x04, 0x08, 0x10
-_INTERRUPT, _DISABLED = 0x01, 0x10               # bits of the command byte
+_INTERRUPT, _DISABLED, _NO_MOUSE, _TRANSLATED = 0x01, 0x10, 0x20, 0x40    # bits of the command byte
+_ACKNOWLEDGE, _ECHO, _RESEND, _PASSED = 0xFA, 0xEE, 0xFE, 0xAA
+_ID: Final = (0xAB, 0x83)
+_TRANSLATION: Final = {0x83: 0x41, 0x01: 0x43, 0x02: 0x41, 0x03: 0x3F}    # of what is an answer and no key
+# Set 2's make codes of set 1's 01h to 58h.
+_SET_2: Final = bytes.fromhex(
+    "76 16 1e 26 25 2e 36 3d 3e 46 45 4e 55 66 0d 15 1d 24 2d 2c 35 3c 43 44 4d 54 5b 5a 14 1c 1b 23 2b 34 33 3b 42 4b"
+    "4c 52 0e 12 5d 1a 22 21 2a 32 31 3a 41 49 4a 59 7c 11 29 58 05 06 04 0c 03 0b 83 0a 01 09 77 7e 6c 75 7d 7b 6b 73"
+    "74 79 69 72 7a 70 71 84 60 61 78 07")
 
 _SHIFTED: Final = frozenset(map(ord, '!@#$%^&*()_+QWERTYUIOP{}ASDFGHJKL:"~|ZXCVBNM<>?'))
 _OWN_CONTROL: Final = frozenset((0x01, 0x0E, 0x0F, 0x1C))     # Esc, Backspace, Tab, Enter: ASCII below 20h
@@ -71,6 +86,7 @@ def strokes(scan: int, ascii_code: int) -> tuple[int, int]:
 
 _KEY: Final[Kind] = Maybe(Row((BYTE, BYTE)))
 _ANSWERS: Final = 16
+_CODES_EACH: Final = 7                             # with a modifier, in set 2: two makes, two breaks of two, its end
 
 
 class Keyboard:
@@ -80,8 +96,9 @@ class Keyboard:
     """
 
     SAVED: ClassVar[Field] = {
-        "_bytes": Many(Row((BYTE, _KEY)), 5 * QUEUE_KEYS), "_keys": Number(QUEUE_KEYS),
-        "_answers": Many(BYTE, _ANSWERS),
+        "_bytes": Many(Row((BYTE, _KEY)), _CODES_EACH * QUEUE_KEYS), "_keys": Number(QUEUE_KEYS),
+        "_answers": Many(Row((BYTE, FLAG)), _ANSWERS),
+        "_scanning": FLAG, "_set": Number(3, low=1), "_expects": BYTE, "_output_port": BYTE,
         "_full": FLAG, "_last": BYTE, "_from_answer": FLAG, "_not_before_ns": MOMENT, "_command": BYTE,
         "_was_command": FLAG, "_mode": BYTE, "_shown": _KEY, "key": _KEY,
     }
@@ -94,14 +111,17 @@ class Keyboard:
         self.hold: Callable[[], bool] = lambda: False
         self._bytes: deque[tuple[int, tuple[int, int] | None]] = deque()
         self._keys = 0                             # whose last byte is still in the queue
-        self._answers: deque[int] = deque(maxlen=_ANSWERS)
+        self._answers: deque[tuple[int, bool]] = deque(maxlen=_ANSWERS)     # and whether it is the keyboard's
+        self._scanning, self._set = True, 2        # keys are reported, in this scan code set
+        self._expects = 0                          # the keyboard's command that waits for its parameter
+        self._output_port = 0xDF                   # of the controller: A20 open, not in reset
         self._full = False
         self._last = 0                             # the output buffer
         self._from_answer = False
         self._not_before_ns = 0                    # the next byte of the keyboard
         self._command = 0                          # waiting for its data byte
         self._was_command = False
-        self._mode = 0x45                          # translated, system flag, interrupt on
+        self._mode = 0x65                          # no mouse, translated, system flag, interrupt on
         self._shown: tuple[int, int] | None = None   # the key that the byte in the buffer completes
         self.key: tuple[int, int] | None = None    # the key that the byte last read completes
 
@@ -113,17 +133,29 @@ class Keyboard:
         """Queue a key; False when the queue is full."""
         if self._keys >= QUEUE_KEYS:
             return False
+        if not self._scanning:
+            return True                            # a keyboard that was switched off: nobody hears it
         modifier, make = strokes(scan & 0xFF, ascii_code & 0xFF)
         key = (scan & 0xFF, ascii_code & 0xFF)
         codes = [code for code in (modifier, make) if code]
         codes += [code | _BREAK for code in (make, modifier) if code]
         completes = codes.index(make) if make else len(codes) - 1
-        self._bytes.extend((code, key if index == completes else None) for index, code in enumerate(codes))
+        for index, code in enumerate(codes):
+            *before, last = self._as_sent(code)
+            self._bytes.extend((byte, None) for byte in before)
+            self._bytes.append((last, key if index == completes else None))
         self._bytes.append((0, None))              # the key's end, never shown
         self._keys += 1
         self._load()
         self._changed()
         return True
+
+    def _as_sent(self, code: int) -> tuple[int, ...]:
+        """A code of set 1 as it comes out of the controller now."""
+        make = code & 0x7F
+        if self._mode & _TRANSLATED or self._set == 1 or not 1 <= make <= len(_SET_2):
+            return (code,)
+        return (0xF0, _SET_2[make - 1]) if code & _BREAK else (_SET_2[make - 1],)
 
     def __len__(self) -> int:
         return self._keys
@@ -133,7 +165,10 @@ class Keyboard:
         if self._full:
             return
         if self._answers:
-            self._last, self._full, self._from_answer, self._shown = self._answers.popleft(), True, True, None
+            self._last, of_keyboard = self._answers.popleft()
+            self._full, self._from_answer, self._shown = True, not of_keyboard, None
+            if of_keyboard and self._mode & _INTERRUPT:
+                self._line(True)
             return
         if self._clock.monotonic_ns() < self._not_before_ns or not self._may_load():
             return
@@ -146,9 +181,10 @@ class Keyboard:
                 return
             self._keys -= 1
 
-    def _answer(self, *values: int) -> None:
-        self._answers.extend(values)
+    def _answer(self, *values: int, of_keyboard: bool = False) -> None:
+        self._answers.extend((value, of_keyboard) for value in values)
         self._load()
+        self._changed()
 
     def poll(self, _now_ns: int) -> None:
         self._load()
@@ -185,7 +221,7 @@ class Keyboard:
             self._answer(self._mode)
         elif value == 0xAA:
             self._answer(0x55)
-        elif value in (0xA9, 0xAB):
+        elif value in (0xAB, 0xE0):                    # interface test; test inputs
             self._answer(0x00)
         elif value == 0xAD:
             self._mode |= _DISABLED
@@ -196,27 +232,63 @@ class Keyboard:
         elif value == 0xC0:
             self._answer(0x80)
         elif value == 0xD0:
-            self._answer(0xDF)                         # A20 open, not in reset
+            self._answer(self._output_port)
+        elif value in (0xDD, 0xDF):                    # A20 by one command, as some boards have it
+            self._output_port = value
         elif value in (0x60, 0xD1, 0xD2, 0xD3, 0xD4):
             self._command = value
 
     def _write_data(self, value: int) -> None:
         command, self._command, self._was_command = self._command, 0, False
         if command == 0x60:
-            self._mode = value
+            self._mode = value | _NO_MOUSE
             self._line(self._full and not self._from_answer and bool(value & _INTERRUPT))
             self._load()
             self._changed()
         elif command == 0xD1:
+            self._output_port = value
             if not value & 1:
                 self._end("reset", "the guest reset itself by the keyboard controller", None)
         elif command == 0xD2:
-            self._answer(value)
-        elif command == 0 and value == 0xFF:           # reset: acknowledge, test passed
-            self._bytes.clear()
-            self._keys = 0
-            self._answer(0xFA, 0xAA)
-        elif command == 0 and value == 0xF2:
-            self._answer(0xFA, 0xAB, 0x83)
+            self._answer(value, of_keyboard=True)      # as if the keyboard had sent it
         elif command == 0:
-            self._answer(0xFA)
+            self._mode &= ~_DISABLED                   # speaking to the keyboard opens its line
+            self._to_keyboard(value)
+
+    def _to_keyboard(self, value: int) -> None:
+        """A byte that goes on to the keyboard: a command, or the parameter of the one before."""
+        expects, self._expects = self._expects, 0
+        translated = self._mode & _TRANSLATED
+        if expects and value < 0x80:
+            if expects == 0xF0 and value == 0:
+                self._reply(_ACKNOWLEDGE, _TRANSLATION[self._set] if translated else self._set)
+                return
+            if expects == 0xF0 and value <= 2:
+                self._set = value
+            self._reply(_RESEND if expects == 0xF0 and value > 2 else _ACKNOWLEDGE)
+        elif value == 0xFF:                            # reset: acknowledge, test passed
+            self._forget()
+            self._scanning, self._set = True, 2
+            self._reply(_ACKNOWLEDGE, _PASSED)
+        elif value == 0xF2:
+            self._reply(_ACKNOWLEDGE, _ID[0], _TRANSLATION[_ID[1]] if translated else _ID[1])
+        elif value == _ECHO:
+            self._reply(_ECHO)
+        elif value == _RESEND:
+            self._reply(self._last)
+        elif value < 0xED:
+            self._reply(_RESEND)                       # it knows no such command
+        else:
+            if value in (0xF4, 0xF5, 0xF6):            # on; defaults, off; defaults
+                self._forget()
+                self._scanning = value != 0xF5
+            self._expects = value if value in (0xED, 0xF0, 0xF3) else 0        # lights, set, rate
+            self._reply(_ACKNOWLEDGE)
+
+    def _reply(self, *values: int) -> None:
+        self._answer(*values, of_keyboard=True)
+
+    def _forget(self) -> None:
+        """Keys that were not sent yet."""
+        self._bytes.clear()
+        self._keys = 0

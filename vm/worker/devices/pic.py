@@ -15,7 +15,10 @@ then.  `acknowledge` always has a vector: without a request it is the spurious o
 Start state: what a PC's BIOS leaves when `firmware` is true (timer, keyboard and disk lines open, vectors
 08h and 70h), else everything masked.
 
-Where it is poor: level-triggered mode is per controller as on the chip, there is no ELCR; no buffered mode.
+Level-triggered lines are per controller as on the chip (ICW1), or one by one as on later boards (ELCR at ports 4D0h
+and 4D1h).
+
+Where it is poor: no buffered mode.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ _FIRMWARE: Final = ((0x08, 0xB8), (0x70, 0x8F))    # vector base and mask of eac
 
 class _Chip:
     SAVED: ClassVar[Field] = {
-        **dict.fromkeys(("vector", "mask", "levels", "request", "service", "_first_word"), BYTE),
+        **dict.fromkeys(("vector", "mask", "levels", "request", "service", "elcr", "_first_word"), BYTE),
         **dict.fromkeys(("level_triggered", "auto_end", "rotate_on_end", "special_mask", "nested_specially",
                          "read_service", "polled"), FLAG),
         "lowest": Number(7), "_step": Number(4),
@@ -49,17 +52,21 @@ class _Chip:
         self.level_triggered = self.auto_end = self.rotate_on_end = False
         self.special_mask = self.nested_specially = False
         self.read_service = self.polled = False
+        self.elcr = 0                              # lines that are level-triggered whatever ICW1 says
         self._step = self._first_word = 0          # initialisation word expected next, 0: none
+
+    def _by_level(self, bit: int) -> bool:
+        return self.level_triggered or bool(self.elcr & bit)
 
     def set(self, line: int, level: bool) -> None:
         bit = 1 << line
         if level:
-            if self.level_triggered or not self.levels & bit:
+            if self._by_level(bit) or not self.levels & bit:
                 self.request |= bit
             self.levels |= bit
         else:
             self.levels &= ~bit
-            if self.level_triggered:
+            if self._by_level(bit):
                 self.request &= ~bit
 
     def best(self, *, master: bool) -> int | None:
@@ -81,7 +88,7 @@ class _Chip:
     def take(self, line: int) -> None:
         """The request of *line* is being served."""
         bit = 1 << line
-        if not self.level_triggered:
+        if not self._by_level(bit):
             self.request &= ~bit
         if not self.auto_end:
             self.service |= bit
@@ -159,6 +166,15 @@ class Interrupts:
                    lambda value, chip=chip: self._command(chip, value))
             yield (base + 1, lambda chip=chip: self._poll(chip) if chip.polled else chip.mask,
                    lambda value, chip=chip: self._data(chip, value))
+
+        # Timer, keyboard and cascade, clock and coprocessor are edges always.
+        for chip, port, fixed in ((self._master, 0x4D0, 0x07), (self._slave, 0x4D1, 0x21)):
+            yield port, lambda chip=chip: chip.elcr, lambda value, chip=chip, fixed=fixed: self._elcr(
+                chip, value & ~fixed & 0xFF)
+
+    def _elcr(self, chip: _Chip, value: int) -> None:
+        chip.elcr = value
+        self._update()
 
     def set(self, line: int, level: bool) -> None:
         chip = self._master if line < 8 else self._slave

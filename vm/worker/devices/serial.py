@@ -148,11 +148,14 @@ class Serial:
         return len(accepted)
 
     def _receive(self) -> None:
-        """Move on what is on the wire, and say what asks for an interrupt now."""
+        """Move on what is on the wire, and say whether something asks for an interrupt now."""
         room = FIFO_BYTES if self._fcr & _FCR_ENABLE else 1
         if not self._mcr & _MCR_LOOP:          # loop-back takes the receiver off the wire
             while self._wire and len(self._fifo) < room:
                 self._fifo.append(self._wire.popleft())
+        self._signal()
+
+    def _signal(self) -> None:
         self._line(self._pending() is not None and self._mcr & (_MCR_OUT2 | _MCR_LOOP) == _MCR_OUT2)
 
     def _pending(self) -> int | None:
@@ -185,6 +188,7 @@ class Serial:
     def take(self) -> int:
         """The next input byte; 0 when there is none."""
         byte = self._fifo.popleft() if self._fifo else 0
+        self._signal()                         # the line falls before the next byte comes, so that this is an edge
         self._receive()
         return byte
 
@@ -209,9 +213,9 @@ class Serial:
             self._overrun = True
         # The byte is gone at once: empty again. The line falls in between, so that this is an edge.
         self._empty_event = False
-        self._receive()
+        self._signal()
         self._empty_event = True
-        self._receive()
+        self._signal()
 
     def _read_ier(self) -> int:
         return self._divisor >> 8 if self._lcr & _LCR_DIVISOR else self._ier

@@ -15,7 +15,12 @@ has been acknowledged, at most CATCH_UP times as fast as programmed.  What is ow
 worth is given up and counted (`lost`).  While a guest has masked the line it wants no ticks: none are owed, but
 the one edge that a controller would remember.
 
-Where it is poor: modes 1 and 5 never start on channel 0, as on a PC, and count like mode 0 on the others.
+Gates: channels 0 and 1 have theirs open for good, as on a PC, so modes 1 and 5, which a rising gate starts, never
+start there.  Channel 2's is bit 0 of port 61h: closed it stops the count (modes 0, 2, 3, 4), rising it starts one
+(1, 2, 3, 5).
+
+Source: Intel 8254 data sheet (231164).
+Where it is poor: a count written in the middle of a period of modes 2 and 3 starts at once, not with the next one.
 """
 
 from __future__ import annotations
@@ -36,12 +41,23 @@ OWED_S: Final = 2
 _SECOND_NS: Final = 1_000_000_000
 _PERIODIC: Final = (2, 3)
 _ONE_SHOT: Final = (0, 4)
+_TRIGGERED: Final = (1, 5)
+
+
+def _to_bcd(number: int) -> int:
+    return int(str(number), 16)
+
+
+def _from_bcd(raw: int) -> int:
+    """What four decimal digits count; digits above nine count as what they are."""
+    return sum((raw >> 4 * place & 0xF) * 10**place for place in range(4))
 
 
 class _Channel:
     SAVED: ClassVar[Field] = {
         "mode": Number(5), "access": Number(3, low=1), "reload": Number(0x10000, low=1), "since_ns": MOMENT,
-        "waiting": FLAG, "latched": Maybe(Number(0xFFFF)), "status": Maybe(BYTE), "high_next": FLAG,
+        "waiting": FLAG, "decimal": FLAG, "stopped_ns": Maybe(MOMENT), "triggered": FLAG,
+        "latched": Maybe(Number(0xFFFF)), "status": Maybe(BYTE), "high_next": FLAG,
         "_low": Maybe(BYTE),
     }
     WIRING: ClassVar[frozenset[str]] = frozenset({"_clock"})
@@ -51,29 +67,57 @@ class _Channel:
         self.mode, self.access, self.reload = 3, 3, 0x10000
         self.since_ns = clock.monotonic_ns()
         self.waiting = False                       # a mode without its count: the counter stands
+        self.decimal = False                       # counts in BCD
+        self.stopped_ns: int | None = None         # when the gate was closed
+        self.triggered = False                     # modes 1 and 5: by a rising gate
         self.latched: int | None = None
         self.status: int | None = None
         self.high_next = False                     # of a read
         self._low: int | None = None               # first byte of a written count
 
     def elapsed(self) -> int:
-        return (self._clock.monotonic_ns() - self.since_ns) * PIT_HZ // _SECOND_NS
+        now_ns = self._clock.monotonic_ns() if self.stopped_ns is None else self.stopped_ns
+        return (now_ns - self.since_ns) * PIT_HZ // _SECOND_NS
 
     def value(self) -> int:
+        """The counting element, as it is read: in BCD where that was asked for."""
         elapsed = self.elapsed()
         if self.mode == 3:                         # square wave: counts down by two
-            return (self.reload - elapsed * 2 % self.reload) & 0xFFFF
-        if self.mode == 2:
-            return (self.reload - elapsed % self.reload) & 0xFFFF
-        return (self.reload - elapsed) & 0xFFFF
+            count = self.reload - elapsed * 2 % self.reload
+        elif self.mode == 2:
+            count = self.reload - elapsed % self.reload
+        elif self.mode in _TRIGGERED and not self.triggered:
+            count = self.reload
+        else:
+            count = self.reload - elapsed
+        return _to_bcd(count % 10_000) if self.decimal else count & 0xFFFF
 
     def output(self) -> bool:
+        if self.waiting:
+            return self.mode != 0
         elapsed = self.elapsed()
         if self.mode == 3:
-            return elapsed * 2 % (2 * self.reload) < self.reload
+            return self.stopped_ns is not None or elapsed * 2 % (2 * self.reload) < self.reload
         if self.mode == 2:
-            return elapsed % self.reload != self.reload - 1
-        return elapsed >= self.reload
+            return self.stopped_ns is not None or elapsed % self.reload != self.reload - 1
+        if self.mode == 0:
+            return elapsed >= self.reload
+        if self.mode == 1:
+            return not self.triggered or elapsed >= self.reload
+        return (self.mode == 5 and not self.triggered) or elapsed != self.reload      # a strobe of one clock
+
+    def gate(self, level: bool) -> None:
+        """The gate input has changed."""
+        now_ns = self._clock.monotonic_ns()
+        if not level:
+            if self.mode not in _TRIGGERED:
+                self.stopped_ns = now_ns
+            return
+        if self.mode in (*_TRIGGERED, *_PERIODIC):
+            self.since_ns, self.triggered = now_ns, True
+        elif self.stopped_ns is not None:          # goes on where it was
+            self.since_ns += now_ns - self.stopped_ns
+        self.stopped_ns = None
 
     def edges(self, now_ns: int) -> int:
         """Rising edges of the output since the count was written."""
@@ -113,8 +157,11 @@ class _Channel:
             count, self._low = byte << 8 | self._low, None
         else:
             count = byte << 8 if self.access == 2 else byte
-        self.reload = count or 0x10000
-        self.since_ns = self._clock.monotonic_ns()
+        self.reload = (_from_bcd(count) or 10_000) if self.decimal else count or 0x10000
+        if self.mode not in _TRIGGERED:
+            self.since_ns = self._clock.monotonic_ns()
+            if self.stopped_ns is not None:
+                self.stopped_ns = self.since_ns
         self.waiting = False
         return True
 
@@ -122,9 +169,13 @@ class _Channel:
         self.access = byte >> 4 & 3
         mode = byte >> 1 & 7
         self.mode = mode & 3 if mode > 5 else mode
+        self.decimal = bool(byte & 1)
+        self.triggered = False
         self.high_next = False
         self._low = self.latched = self.status = None
         self.since_ns = self._clock.monotonic_ns()
+        if self.stopped_ns is not None:
+            self.stopped_ns = self.since_ns
         self.waiting = True
 
     def latch_count(self) -> None:
@@ -133,7 +184,8 @@ class _Channel:
 
     def latch_status(self) -> None:
         if self.status is None:
-            self.status = (self.output() << 7 | self.waiting << 6 | self.access << 4 | self.mode << 1)
+            self.status = (self.output() << 7 | self.waiting << 6 | self.access << 4 | self.mode << 1
+                           | self.decimal)
 
 
 class Timer:
@@ -149,6 +201,7 @@ class Timer:
         self._changed, self._lost = changed, lost
         self._channels = [_Channel(clock) for _ in range(3)]
         self._gate = 0
+        self._channels[2].gate(False)
         self._seen = 0                             # edges of channel 0 that are accounted for
         self._owed = 0                             # of these, not given to the controller yet
         self._not_before_ns = 0
@@ -223,6 +276,6 @@ class Timer:
         return self._gate | refresh << 4 | self._channels[2].output() << 5
 
     def _write_gate(self, byte: int) -> None:
-        if byte & 1 and not self._gate & 1:        # a rising gate starts the count anew
-            self._channels[2].since_ns = self._clock.monotonic_ns()
+        if (byte ^ self._gate) & 1:
+            self._channels[2].gate(bool(byte & 1))
         self._gate = byte & 0x0F
