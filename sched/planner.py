@@ -6,7 +6,11 @@ their answers written to it, with the protocol by which a vCPU changes hands (sh
 policy that partitions, policy/partition.py narrows the VMs' affinities first. Under one that does
 not dispatch, a vCPU only has a CPU that keeps its account, and stays there.
 
-Invariant. `want_cpu` changes only while `have_cpu == want_cpu`.
+Scale.  Plans cost in proportion to vCPUs and host CPUs, so with many they are rarer (`BALANCE_PART`), and long
+placements are sought in a thread, on values: the event loop and with it the heartbeat go on. Between plans a
+host CPU that has nothing to run takes a vCPU that waits elsewhere (`steal`), which needs no plan.
+
+Invariant. `want_cpu` changes only while `have_cpu == want_cpu`; one plan or steal at a time.
 Where it is poor: a vCPU that wakes keeps its nominal rate until the next plan (30 ms).
 """
 
@@ -19,9 +23,9 @@ from typing import Final
 
 import trio
 
-from .model import LATENCIES, VcpuLoad, VmDemand
+from .model import LATENCIES, Placement, VcpuLoad, VmDemand
 from .policy import Partition, Policy, Split, Tenant, cores_of, entitle, place
-from .shared import NOBODY, ONE_CPU
+from .shared import MODES, NOBODY, ONE_CPU
 from .table import Table, Vcpu
 
 __all__ = ["BALANCE_MAX_S", "BALANCE_PART", "BALANCE_S", "Planner"]
@@ -30,13 +34,17 @@ BALANCE_S: Final = 0.03
 BALANCE_MAX_S: Final = 0.5
 BALANCE_PART: Final = 30           # of our time at most 1/30 goes into planning
 SHARES_KEPT: Final = 8
+STEAL_S: Final = 0.01              # how often idle host CPUs are looked for between plans
+OFFLOAD_FROM: Final = 400          # vCPUs: a placement of fewer takes some milliseconds
+_Asks = tuple[tuple[str, int, float, float, int, frozenset[int]], ...]     # VmDemand's fields, cheap to compare
+_Timed = tuple[Placement, float]
 LOWEST_RATE: Final = 1e-6
 
 
 class Planner:
     """siblings: the SMT siblings of each host CPU, where known. account: brings the ledger up to
     date. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without.
-    clock: ns; another one where time is simulated.
+    clock: ns; another one where time is simulated. offload: whether long plans may be made in a thread.
     """
 
     def __init__(
@@ -45,7 +53,7 @@ class Planner:
         account: Callable[[], None],
         send_parcel: Callable[[int, Vcpu], Awaitable[None]],
         split: Callable[[Split | None], None],
-        clock: Callable[[], int] = time.monotonic_ns,
+        clock: Callable[[], int] = time.monotonic_ns, offload: bool = True,
     ) -> None:
         self._table = table
         self._cpus = tuple(cpus)
@@ -57,7 +65,13 @@ class Planner:
         self._account = account
         self._send_parcel = send_parcel
         self.period_s = BALANCE_S        # until the next plan
-        self._shares: dict[tuple[VmDemand, ...], dict[str, float]] = {}
+        self._shares: dict[_Asks, dict[str, float]] = {}
+        self._lefts: dict[frozenset[int], frozenset[int]] = {}     # of affinities, what is there
+        self._planning = Turns()         # one plan at a time, and no steal within one
+        self._index = {cpu: index for index, cpu in enumerate(self._cpus)}
+        self._offload = offload
+        self.took_s = 0.0                # CPU time of the last plan
+        self.plans = 0                   # made so far
         self.dirty = False               # demands changed: plan anew
         self.lent: dict[str, int] = {}   # VMs that live on this host CPU for a while (loan.py)
         self._awake_seen: tuple[tuple[int, bool], ...] = ()
@@ -73,13 +87,17 @@ class Planner:
         """Plan for these host CPUs from now on: some went or came back."""
         self._cpus = tuple(sorted(cpus))
         self._shares.clear()
+        self._lefts.clear()
         self.dirty = True
         self.adopt(self._policy)
 
     def _left(self, vcpu: Vcpu) -> frozenset[int]:
         """Its host CPUs that are there; all that are, where none of its own is (hostcpus.py)."""
-        present = frozenset(self._cpus)
-        return vcpu.cpus & present or present
+        left = self._lefts.get(vcpu.cpus)
+        if left is None:
+            present = frozenset(self._cpus)
+            left = self._lefts[vcpu.cpus] = vcpu.cpus & present or present
+        return left
 
     def _confined(self, vcpu: Vcpu) -> frozenset[int]:
         """The host CPUs that it may use, under the partition if there is one, or while it is lent."""
@@ -92,7 +110,7 @@ class Planner:
     def _divide(self) -> None:
         """The partition of now, by what the VMs were entitled to without one."""
         if self._partition is not None:
-            free = self._entitled(self._demands(everyone=False, cpus_of=self._left))
+            free = self._entitled(self._asks(everyone=False, cpus_of=self._left))
             now = self._clock()
             tenants = {v.vm: Tenant(
                 vm=v.vm, mode=v.thread.mode, cpus=self._left(v), demand=free[v.vm],
@@ -105,32 +123,31 @@ class Planner:
         """What the VMs ask for: with all their vCPUs, or those that compete now; on the host CPUs
         that the partition leaves them, or on all of their affinity.
         """
-        return self._demands(everyone=everyone, cpus_of=self._confined if confined else lambda vcpu: vcpu.cpus)
+        return _demands(self._asks(everyone=everyone, cpus_of=self._confined if confined else _all_of))
 
-    def _demands(self, *, everyone: bool, cpus_of: Callable[[Vcpu], frozenset[int]]) -> list[VmDemand]:
-        by_vm: dict[str, list[Vcpu]] = {}
+    def _asks(self, *, everyone: bool, cpus_of: Callable[[Vcpu], frozenset[int]]) -> _Asks:
+        competing = {} if everyone else self._table.competing()
+        first: dict[str, Vcpu] = {}
+        count: dict[str, int] = {}
         for vcpu in self._table:
             if not vcpu.leaving:
-                by_vm.setdefault(vcpu.vm, []).append(vcpu)
-        return [
-            VmDemand(
-                vm=vm, weight=vcpus[0].weight,
-                cpus=cpus_of(vcpus[0]), cap=vcpus[0].cap,
-                reservation=vcpus[0].reservation,
-                vcpus=len(vcpus) if everyone else sum(map(self._table.competes, vcpus)))
-            for vm, vcpus in by_vm.items()]
+                vm = vcpu.thread.vm
+                first.setdefault(vm, vcpu)
+                count[vm] = count.get(vm, 0) + (everyone or competing[vcpu.slot])
+        return tuple((vm, vcpu.weight, vcpu.cap, vcpu.reservation, count[vm], cpus_of(vcpu))
+                     for vm, vcpu in first.items())
 
-    def _entitled(self, demands: list[VmDemand]) -> dict[str, float]:
+    def _entitled(self, asks: _Asks) -> dict[str, float]:
         """`entitle`, remembered: the same demands come again and again."""
-        key = tuple(demands)
-        if key not in self._shares:
+        if asks not in self._shares:
             if len(self._shares) >= SHARES_KEPT:
                 self._shares.clear()
-            self._shares[key] = entitle(demands, self._cpus)
-        return self._shares[key]
+            self._shares[asks] = entitle(_demands(asks), self._cpus)
+        return self._shares[asks]
 
     def _who_competes(self) -> tuple[tuple[int, bool], ...]:
-        return tuple((v.generation, self._table.competes(v)) for v in self._table)
+        competing = self._table.competing()
+        return tuple((v.generation, competing[v.slot]) for v in self._table)
 
     def is_due(self) -> bool:
         """Whether a plan now could differ from the last one."""
@@ -138,66 +155,194 @@ class Planner:
                 or self._who_competes() != self._awake_seen)
 
     async def balance(self) -> None:
-        """Plan for ever, as often as it is of use."""
+        """Plan for ever, as often as it is of use; between plans let idle host CPUs take work."""
         while True:
             # With very many vCPUs a plan takes milliseconds: then it is made less often.
-            await trio.sleep(self.period_s)
+            until = trio.current_time() + self.period_s
+            while (left := until - trio.current_time()) > 0.0:
+                await trio.sleep(min(left, STEAL_S) if self.steals else left)
+                if self.steals:
+                    await self.steal()
             if self.is_due():
-                began = time.thread_time()
                 await self.plan()
-                took = time.thread_time() - began
-                self.period_s = max(BALANCE_S, min(BALANCE_MAX_S, took * BALANCE_PART))
+                self.period_s = max(BALANCE_S, min(BALANCE_MAX_S, self.took_s * BALANCE_PART))
 
     async def plan(self) -> None:
         """Entitlements and placement of now, published; parcels go ahead of their vCPUs."""
-        table = self._table
+        async with self._planning:
+            await self._plan()
+
+    async def _plan(self) -> None:
+        table, began = self._table, time.thread_time()
         self._account()
         self.dirty = False
+        self.plans += 1
         vcpus = [vcpu for vcpu in table if not vcpu.leaving]
-        competing = {vcpu.slot: table.competes(vcpu) for vcpu in vcpus}
+        competing = table.competing()
         self._awake_seen = self._who_competes()
         self._divide()
-        count = Counter(v.vm for v in vcpus if competing[v.slot])
-        shares = self._entitled(self.demands(everyone=False))
-        nominal = self._entitled(self.demands(everyone=True))
+        count = Counter(v.thread.vm for v in vcpus if competing[v.slot])
+        shares = self._entitled(self._asks(everyone=False, cpus_of=self._confined))
+        nominal = self._entitled(self._asks(everyone=True, cpus_of=self._confined))
+        wants = table.column("want_cpu")
+        dispatches, several = self._policy.dispatches, len(self._cpus) > 1
         loads: list[VcpuLoad] = []
         for vcpu in vcpus:
-            vcpu.share = shares[vcpu.vm] / count[vcpu.vm] if competing[vcpu.slot] else 0.0
-            want = table.word(vcpu, "want_cpu")
-            if want == NOBODY or (competing[vcpu.slot] and self._policy.dispatches):
+            slot, vm = vcpu.slot, vcpu.thread.vm
+            awake = competing[slot]
+            vcpu.share = shares[vm] / count[vm] if awake else 0.0
+            want = wants[slot]
+            if want == NOBODY or (awake and dispatches):
                 loads.append(VcpuLoad(
-                    slot=vcpu.slot, entitled=vcpu.share or nominal[vcpu.vm],
+                    slot=slot, entitled=vcpu.share or nominal[vm],
                     # Placement turns lag into a higher rate for one period. On a single CPU the
                     # run queue keeps the lag itself, and we plan only when something changes.
-                    lag_ns=round(vcpu.lag_ns) if len(self._cpus) > 1 else 0,
+                    lag_ns=round(vcpu.lag_ns) if several else 0,
                     cpus=self._confined(vcpu), last_cpu=want if want != NOBODY else None,
                     mode=vcpu.thread.mode))
-        placement = place(
-            loads, self._cpus, round(self.period_s * 1e9), migrate_resist_ns=self.migrate_resist_ns)
+        cpus, period_ns = self._cpus, round(self.period_s * 1e9)
+        self.took_s = time.thread_time() - began
+        placement, took_s = await self._elsewhere(len(loads), lambda: _timed(lambda: place(
+            loads, cpus, period_ns, migrate_resist_ns=self.migrate_resist_ns)))
+        began = time.thread_time()
+        await self._publish(vcpus, placement, nominal, count)
+        self.took_s += took_s + time.thread_time() - began
+
+    async def _publish(
+        self, vcpus: Sequence[Vcpu], placement: Placement, nominal: Mapping[str, float], count: Mapping[str, int],
+    ) -> None:
+        table = self._table
+        if table.shared is None:
+            return                           # it ended while the placement was sought elsewhere
+        wants, haves, rates, caps, latencies = map(
+            table.column, ("want_cpu", "have_cpu", "rate", "cap", "latency"))
         changed = False
         moves: list[tuple[Vcpu, int]] = []
         for vcpu in vcpus:
+            slot = vcpu.slot
+            if vcpu.leaving or not table.holds(vcpu):
+                continue
+            rate = round(max(placement.rate.get(slot) or nominal[vcpu.thread.vm], LOWEST_RATE) * ONE_CPU)
+            if rates[slot] != rate:
+                table.set(vcpu, "rate", rate)
+                changed = True
             # A VM's cap is divided among those of its vCPUs that compete; one vCPU uses at most one CPU.
-            cap, most = vcpu.cap / max(1, count[vcpu.vm]), 1 if vcpu.thread.siblings else len(self._cpus)
-            cap = round(cap * ONE_CPU) if cap < most else 0
-            rate = placement.rate.get(vcpu.slot) or nominal[vcpu.vm]
-            for name, value in (("rate", round(max(rate, LOWEST_RATE) * ONE_CPU)), ("cap", cap),
-                                ("latency", LATENCIES.index(vcpu.latency))):
-                if table.word(vcpu, name) != value:
-                    table.set(vcpu, name, value)
-                    changed = True
-            want = table.word(vcpu, "want_cpu")
-            to = placement.cpu.get(vcpu.slot, want)
+            part, most = vcpu.cap / max(1, count[vcpu.thread.vm]), 1 if vcpu.thread.siblings else len(self._cpus)
+            cap = round(part * ONE_CPU) if part < most else 0
+            if caps[slot] != cap:
+                table.set(vcpu, "cap", cap)
+                changed = True
+            latency = LATENCIES.index(vcpu.latency)
+            if latencies[slot] != latency:
+                table.set(vcpu, "latency", latency)
+                changed = True
+            want = wants[slot]
+            to = placement.cpu.get(slot, want)
             if to != want:
-                if table.word(vcpu, "have_cpu") == want:
+                if haves[slot] == want:
                     moves.append((vcpu, to))
                 else:
                     self.dirty = True
         for vcpu, to in moves:
-            await self._send_parcel(to, vcpu)
-            if (to in self._cpus and not vcpu.leaving and table.holds(vcpu)
-                    and table.word(vcpu, "have_cpu") == table.word(vcpu, "want_cpu")):
-                table.set(vcpu, "want_cpu", to)
-                changed = True
+            changed |= await self._move(vcpu, to)
         if changed or moves:
             table.bump()
+
+    async def _move(self, vcpu: Vcpu, to: int) -> bool:
+        """Give a vCPU to another host CPU, if it is still anybody's to give."""
+        table = self._table
+        await self._send_parcel(to, vcpu)
+        if (to in self._cpus and not vcpu.leaving and table.holds(vcpu)
+                and table.word(vcpu, "have_cpu") == table.word(vcpu, "want_cpu")):
+            table.set(vcpu, "want_cpu", to)
+            return True
+        return False
+
+    @property
+    def steals(self) -> bool:
+        return len(self._cpus) > 1 and self._policy.dispatches
+
+    async def steal(self) -> int:
+        """Let host CPUs that have nothing to run take one vCPU each from those that have most waiting; returns how
+        many did. No entitlement changes: the next plan sees where they are.
+        """
+        table, shared = self._table, self._table.shared
+        if shared is None or self._planning.taken:
+            return 0
+        runnable = {cpu: sum(shared.cpu_words(self._index[cpu], "runnable", len(MODES))) for cpu in self._cpus}
+        due = [cpu for cpu, count in runnable.items() if not count]
+        if not due or max(runnable.values()) < 2:
+            return 0
+        stolen = 0
+        async with self._planning:
+            on = self._waiting_by_cpu()
+            for cpu in due:
+                donors = sorted((c for c in on if runnable[c] > 1 and on[c]), key=lambda c: (-runnable[c], c))
+                found = next(((donor, vcpu) for donor in donors for vcpu in on[donor]
+                              if cpu in self._confined(vcpu)), None)
+                if found is None:
+                    continue
+                donor, vcpu = found
+                on[donor].remove(vcpu)
+                if await self._move(vcpu, cpu):
+                    runnable[donor] -= 1
+                    runnable[cpu] += 1
+                    stolen += 1
+            if stolen:
+                table.bump()
+        return stolen
+
+    def _waiting_by_cpu(self) -> dict[int, list[Vcpu]]:
+        """The vCPUs that want to run and are not picked, by host CPU, who is owed most first."""
+        table = self._table
+        competing = table.competing()
+        wants, haves, picked = map(table.column, ("want_cpu", "have_cpu", "picked"))
+        on: dict[int, list[Vcpu]] = {cpu: [] for cpu in self._cpus}
+        for vcpu in table:
+            slot = vcpu.slot
+            cpu = wants[slot]
+            if (competing[slot] and not vcpu.leaving and not picked[slot] and cpu == haves[slot] and cpu in on
+                    and vcpu.thread.vm not in self.lent):
+                on[cpu].append(vcpu)
+        for waiting in on.values():
+            waiting.sort(key=lambda vcpu: (-vcpu.lag_ns, vcpu.slot))
+        return on
+
+    async def _elsewhere(self, count: int, work: Callable[[], _Timed]) -> _Timed:
+        """In a thread where it takes so long that nobody else would be heard meanwhile."""
+        if not self._offload or count < OFFLOAD_FROM:
+            return work()
+        return await trio.to_thread.run_sync(work)
+
+
+class Turns:
+    """One at a time. A lock that waits only where it must, so that it works where time is simulated."""
+
+    def __init__(self) -> None:
+        self.taken = False
+        self._free = trio.Event()
+
+    async def __aenter__(self) -> None:
+        while self.taken:
+            await self._free.wait()
+        self.taken, self._free = True, trio.Event()
+
+    async def __aexit__(self, *_error: object) -> None:
+        self.taken = False
+        self._free.set()
+
+
+def _timed(work: Callable[[], Placement]) -> _Timed:
+    """Its answer, and the CPU time that it took."""
+    began = time.thread_time()
+    answer = work()
+    return answer, time.thread_time() - began
+
+
+def _all_of(vcpu: Vcpu) -> frozenset[int]:
+    return vcpu.cpus
+
+
+def _demands(asks: _Asks) -> list[VmDemand]:
+    return [VmDemand(vm=vm, weight=weight, cap=cap, reservation=reservation, vcpus=vcpus, cpus=cpus)
+            for vm, weight, cap, reservation, vcpus, cpus in asks]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from . import linux
 from .model import LATENCIES, LATENCY_DEFAULT, Slot
-from .shared import ACTIVE, MODES, NOBODY, ONE_CPU, SLOT_FIELDS, Shared
+from .shared import ACTIVE, MODES, NOBODY, ONE_CPU, SLOT_FIELDS, SLOT_WORDS, Shared
 
 __all__ = ["Table", "Vcpu", "VcpuThread"]
 
@@ -167,6 +167,27 @@ class Table:
     def set(self, vcpu: Vcpu, name: str, value: int) -> None:
         assert self.shared is not None
         self.shared.words[vcpu.base + SLOT_FIELDS[name]] = value
+
+    def column(self, name: str) -> list[int]:
+        """That word of every slot that was ever used, by slot: one copy where many are wanted."""
+        shared = self.shared
+        assert shared is not None
+        first = shared.slot(0) + SLOT_FIELDS[name]
+        return shared.words[first:first + shared.get("used_slots") * SLOT_WORDS:SLOT_WORDS].tolist()
+
+    def competing(self) -> dict[Slot, bool]:
+        """`competes` of every vCPU, by slot, in the order of admission."""
+        owned, gone, have, awake = map(self.column, ("owned_generation", "gone", "have_cpu", "awake"))
+        found: dict[Slot, bool] = {}
+        for vcpu in self._vcpus.values():
+            slot = vcpu.slot
+            if vcpu.paused or vcpu.leaving:
+                found[slot] = False
+            elif owned[slot] != vcpu.generation:
+                found[slot] = True
+            else:
+                found[slot] = not gone[slot] and (have[slot] == NOBODY or bool(awake[slot]))
+        return found
 
     def bump(self) -> None:
         """Tell the dispatchers to look."""

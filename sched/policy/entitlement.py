@@ -104,10 +104,11 @@ def admit(demands: Sequence[VmDemand], cpus: Sequence[int]) -> str | None:
 def _wants(demands: Sequence[VmDemand], cpus: Sequence[int]) -> list[_Want]:
     bit_of = {cpu: 1 << bit for bit, cpu in enumerate(sorted(set(cpus)))}
     wants: list[_Want] = []
+    reaches: dict[frozenset[int], int] = {}            # few affinities, many VMs
     for demand in demands:
-        reach = 0
-        for cpu in demand.cpus:
-            reach |= bit_of.get(cpu, 0)
+        reach = reaches.get(demand.cpus)
+        if reach is None:
+            reach = reaches[demand.cpus] = sum(bit_of.get(cpu, 0) for cpu in demand.cpus)
         ceiling = float(min(demand.vcpus, reach.bit_count()))
         if demand.cap > 0.0:
             ceiling = min(ceiling, demand.cap)

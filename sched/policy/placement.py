@@ -59,13 +59,18 @@ def place(
     if period_ns <= 0:
         raise ValueError(f"period_ns must be positive, got {period_ns}")
     here = frozenset(cpus)
+    allowed: dict[frozenset[int], frozenset[int]] = {}       # few affinities, many vCPUs
+    for load in loads:
+        if load.cpus not in allowed:
+            both = load.cpus & here
+            allowed[load.cpus] = here if both == here else both
     items = sorted(
-        (_Item(load, here, period_ns) for load in loads if load.cpus & here),
+        (_Item(load, allowed[load.cpus], period_ns) for load in loads if allowed[load.cpus]),
         key=lambda item: (-item.target, item.slot),
     )
     if len({item.slot for item in items}) != len(items):
         raise ValueError("two loads carry the same slot: a vCPU lives on one CPU at a time")
-    if any(item.any != here for item in items):
+    if any(item.any is not here for item in items):
         _leave_what_others_need(items, sorted(here))
     plan = _Plan(sorted(here), items, period_ns)
     patience = float(max(1, migrate_resist_ns))
@@ -81,9 +86,9 @@ class _Item:
 
     __slots__ = ("allowed", "any", "cpu", "entitled", "home", "late", "slot", "target")
 
-    def __init__(self, load: VcpuLoad, cpus: frozenset[int], period_ns: int) -> None:
+    def __init__(self, load: VcpuLoad, allowed: frozenset[int], period_ns: int) -> None:
         self.slot = load.slot
-        self.any = self.allowed = load.cpus & cpus
+        self.any = self.allowed = allowed
         self.entitled = min(1.0, max(load.entitled, 1e-6))
         fair = self.entitled * period_ns
         self.target = min(float(period_ns), max(fair + load.lag_ns, fair * _STALL))
@@ -144,18 +149,27 @@ class _Plan:
         free = sum(room.values()) - sum(item.entitled for item in order)
         if free < 0.0:
             return False
+
+        def fits(item: _Item) -> list[int]:
+            """Tightest last."""
+            return [cpu for _room, cpu in sorted(
+                ((room[cpu], cpu) for cpu in item.allowed if room[cpu] >= item.entitled), reverse=True)]
+
         chosen: list[int] = []
         choices: list[list[int]] = []
+        homely: list[bool] = []              # of the choices: only home has been considered
         budget = _SEARCH + len(self.on) * len(order)
         while len(chosen) < len(order):
             item = order[len(chosen)]
             if len(choices) == len(chosen):
-                # Home first, then the tightest fit.
-                fits = sorted(
-                    (cpu for cpu in item.allowed if room[cpu] >= item.entitled),
-                    key=lambda cpu: (cpu != item.home, room[cpu], cpu),
-                )
-                choices.append(fits[::-1])
+                # Home first, then the tightest fit, which is looked for only where home will not do.
+                at_home = item.home is not None and room[item.home] >= item.entitled
+                choices.append([item.home] if at_home and item.home is not None else fits(item))
+                budget -= 1 if at_home else len(item.allowed)
+                homely.append(at_home)
+            elif homely[-1] and not choices[-1]:
+                homely[-1] = False
+                choices[-1] = [cpu for cpu in fits(item) if cpu != item.home]
                 budget -= len(item.allowed)
             budget -= 1
             if budget < 0:
@@ -166,6 +180,7 @@ class _Plan:
                 chosen.append(cpu)
                 continue
             choices.pop()
+            homely.pop()
             if not chosen:
                 return False
             room[chosen.pop()] += order[len(chosen)].entitled

@@ -26,7 +26,7 @@ from ..dispatcher import Dispatcher, Parcel, Settings
 from ..inputs import InputLog
 from ..ledger import Ledger
 from ..model import LATENCIES, Slot, VmDemand
-from ..planner import BALANCE_MAX_S, BALANCE_PART, BALANCE_S, Planner
+from ..planner import BALANCE_MAX_S, BALANCE_PART, BALANCE_S, STEAL_S, Planner
 from ..policy import POLICIES, Batching, Order
 from ..policy.entitlement import admit
 from ..policy.kernel import nice_of, weight_of
@@ -41,6 +41,7 @@ __all__ = ["ScenarioRefused", "Simulation"]
 
 RING_RECORDS: Final = 64           # nobody reads them here
 ACCOUNT_NS: Final = 100_000_000
+STEAL_NS: Final = round(STEAL_S * 1e9)
 JUDGE_NS: Final = 1_000_000_000
 PLAN_NS: Final = 30_000            # of the supervisor's time, for each vCPU of a plan
 LATE_SPREAD: Final = 0.5           # of the logarithm of a lateness: p99 is 3.2 times the median
@@ -148,7 +149,7 @@ class Simulation:
         self._planner = Planner(
             self._table, self._cpus, self._parts, migrate_resist_ns=scheduler.migrate_resist_us * 1000, siblings={},
             account=self._account, send_parcel=self._send_parcel, split=lambda _split: None,
-            clock=lambda: self.machine.now)
+            clock=lambda: self.machine.now, offload=False)
         self._inboxes = [_Inbox() for _ in self._cpus]
         kernel = SimulatedKernel(self.machine)
         self._dispatchers = [
@@ -203,6 +204,7 @@ class Simulation:
             for cpu in self._cpus:
                 machine.post(0, self._step, cpu)
             machine.post(ACCOUNT_NS, self._look)
+            machine.post(STEAL_NS, self._steal)
         else:
             machine.balancer = self._balancer = Balancer(machine, [vcpu.cpus for vcpu in self._table])
             for cpu in machine.cpus:
@@ -270,6 +272,11 @@ class Simulation:
             _finish(self._planner.plan())
         self.machine.post(self.machine.now + round(period_s * 1e9), self._plan)
 
+    def _steal(self, _argument: int) -> None:
+        if self._planner.steals:
+            _finish(self._planner.steal())
+        self.machine.post(self.machine.now + STEAL_NS, self._steal)
+
     async def _send_parcel(self, cpu: int, vcpu: Vcpu) -> None:
         page = memoryview(self.machine.threads[vcpu.slot].page)
         self._inboxes[cpu].parcels.append((vcpu.slot, Parcel(vcpu.generation, page)))
@@ -321,7 +328,7 @@ class Simulation:
             lost_mixed=sum(t.lost_mixed_ns for t in threads) / ran)
 
 
-def _finish(coroutine: Coroutine[Any, Any, None]) -> None:
+def _finish(coroutine: Coroutine[Any, Any, object]) -> None:
     """Run what never waits here: the planner only awaits `_send_parcel`."""
     try:
         coroutine.send(None)
