@@ -118,9 +118,9 @@ vms = st.lists(
     min_size=2, max_size=8)
 
 
-def simulated(policy: str, tables: list[dict[str, object]], cpus: int, seconds: float, **scheduler: object) -> Simulation:
+def simulated(policy: str, tables: list[dict[str, object]], cpus: int, seconds: float) -> Simulation:
     named = [{"name": f"vm{number}", **table} for number, table in enumerate(tables)]
-    simulation = Simulation(scenario(named, cpus, **scheduler), policy, timeline_ns=round(seconds * 1e9))
+    simulation = Simulation(scenario(named, cpus), policy, timeline_ns=round(seconds * 1e9))
     simulation.run(seconds)
     simulation.close()
     return simulation
