@@ -23,7 +23,7 @@ from ..engines.paging import paging_mode, read_linear
 
 __all__ = [
     "Line", "bits_of", "describe", "disassemble", "disassemble_around", "instruction_at", "linear_of", "listing",
-    "mode_name", "place", "read_code",
+    "memory_operand", "mode_name", "place", "read_code",
 ]
 
 LONGEST = 15           # bytes of an x86 instruction
@@ -100,6 +100,24 @@ def instruction_at(code: bytes, address: int, bits: int) -> tuple[str, str, int]
     """(mnemonic, operands, size) of the first instruction of *code*; None where there is none."""
     for _, size, name, operands in _decoder(bits).disasm_lite(code[:LONGEST], address, 1):
         return name, operands, size
+    return None
+
+
+def memory_operand(code: bytes, bits: int) -> tuple[str, str, str, int, int, int, int] | None:
+    """Of the first instruction: segment, base and index register ("" or without width: `bx`), scale, displacement, bits
+    of the address, bytes of the instruction. None where it has no operand in memory.
+    """
+    decoder = capstone.Cs(_decoder(bits).arch, _decoder(bits).mode)
+    decoder.detail = True
+    for found in decoder.disasm(code[:LONGEST], 0, 1):
+        for operand in found.operands:
+            if operand.type == capstone.x86.X86_OP_MEM:
+                place = operand.mem
+                base, index = ((found.reg_name(number) or "").removeprefix("e").removeprefix("r")
+                               for number in (place.base, place.index))
+                default = "ss" if base in ("bp", "sp") else "ds"
+                return (found.reg_name(place.segment) or default, base, index, place.scale, place.disp,
+                        found.addr_size * 8, found.size)
     return None
 
 

@@ -4,7 +4,7 @@ Theory.  The three layouts of the manual (AMD64 volume 2, chapter 5): 32-bit two
 4 MiB pages, PAE three-level and long mode four-level with 2 MiB pages, long mode with 1 GiB pages.
 Used to show the instruction a guest died at, and by the software engine to push interrupt frames.
 
-Invariants.  Nothing is written; accessed and dirty bits stay as they are.  Every read is
+Invariants.  Nothing is written, unless `mark` asks for accessed and dirty bits.  Every read is
 checked against the size of memory: tables may lie anywhere, the guest is hostile.  Physical
 addresses may lie outside memory: the caller checks the result against what it wants to touch.
 Poor: five-level paging, reserved bits, SMEP and SMAP and protection keys are not looked at.
@@ -25,7 +25,7 @@ _PG: Final = 1 << 31
 _PAE: Final = 1 << 5
 _PSE: Final = 1 << 4
 _LMA: Final = 1 << 10
-_PRESENT, _WRITE, _USER, _LARGE = 1, 2, 4, 0x80
+_PRESENT, _WRITE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 0x20, 0x40, 0x80
 _QUAD, _LONG = struct.Struct("<Q").unpack_from, struct.Struct("<I").unpack_from
 _FRAME: Final = 0x000F_FFFF_FFFF_F000
 
@@ -58,8 +58,8 @@ def paging_mode(state: CpuState) -> PagingMode:
 
 
 def translate(memory: mmap.mmap, mode: PagingMode, linear: int, *, write: bool = False,
-              user: bool = False) -> int:
-    """The physical address of *linear*; raises PageFault."""
+              user: bool = False, mark: bool = False) -> int:
+    """The physical address of *linear*; raises PageFault. `mark`: set the tables' accessed and dirty bits."""
     if not mode.paging:
         return linear & 0xFFFF_FFFF
     if mode.long:
@@ -78,6 +78,7 @@ def translate(memory: mmap.mmap, mode: PagingMode, linear: int, *, write: bool =
     pae_top = mode.pae and not mode.long          # PAE's top level: 4 entries without rights
     size = len(memory)
     unpack = _QUAD if width == 8 else _LONG
+    seen: list[tuple[int, int]] = []              # (address, value that the entry should have)
     for shift in shifts:
         top = pae_top and shift == 30
         at = table + (linear >> shift & (3 if top else 4096 // width - 1)) * width
@@ -88,6 +89,8 @@ def translate(memory: mmap.mmap, mode: PagingMode, linear: int, *, write: bool =
             raise PageFault(linear, code)
         if not top:
             rights &= entry
+            if mark and not entry & _ACCESSED:
+                seen.append((at, entry | _ACCESSED))
         last = shift == 12
         if not last and entry & _LARGE and shift in (30, 22, 21):
             last = mode.large if shift == 22 else shift == 21 or mode.long
@@ -95,6 +98,10 @@ def translate(memory: mmap.mmap, mode: PagingMode, linear: int, *, write: bool =
             lacking = need & ~rights
             if lacking & _USER or (lacking & _WRITE and (user or mode.protect)):
                 raise PageFault(linear, code | 1)
+            if mark and write and not entry & _DIRTY:
+                seen.append((at, entry | _ACCESSED | _DIRTY))
+            for at, entry in seen:
+                struct.pack_into("<Q" if width == 8 else "<I", memory, at, entry)
             offset = linear & ((1 << shift) - 1)
             frame = entry & (_FRAME if width == 8 else 0xFFFF_F000)
             return (frame & ~((1 << shift) - 1)) | offset

@@ -20,6 +20,7 @@ before do not refresh it; segment limits are checked for tables, not for stacks.
 from __future__ import annotations
 
 import ctypes
+import enum
 import mmap
 import struct
 from collections.abc import Callable
@@ -29,15 +30,25 @@ from ..paging import PageFault, PagingMode, read_linear, translate
 from .quirks import Native
 from .state import LMA, PAGING, PROTECTED, SEGMENTS, VM86, Registers
 
-__all__ = ["Delivery", "TripleFault", "Unsupported"]
+__all__ = ["Cause", "Delivery", "PortFault", "TripleFault", "Unsupported"]
 
 _DOUBLE_FAULT, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION, _PAGE = 8, 10, 11, 12, 13, 14
 _CONTRIBUTORY: Final = frozenset((0, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION))
+_FAULTS: Final = frozenset((0, 5, 6, 7, 10, 11, 12, 13, 14, 16, 17, 19))      # the others are traps and aborts
 _IF, _TF, _NT, _RF, _AC = 1 << 9, 1 << 8, 1 << 14, 1 << 16, 1 << 18
 _CS, _SS, _DS, _ES, _FS, _GS = (SEGMENTS[name] for name in ("cs", "ss", "ds", "es", "fs", "gs"))
 _DATA_SELECTORS: Final = (_GS, _FS, _DS, _ES)
 _CR2: Final = 2
+_BITMAP_POINTER: Final = 0x66        # in a 32 or 64-bit TSS
 _WIDTH_FORMATS: Final = {2: "<H", 4: "<I", 8: "<Q"}
+
+
+class Cause(enum.Enum):
+    """What an interrupt comes from: it decides how the gate is checked, and what a further fault makes of it."""
+
+    EXCEPTION = "exception"
+    INSTRUCTION = "instruction"          # INT n, INT3, INTO: the gate's DPL is checked
+    EXTERNAL = "external"                # a device: the vector may be any exception's, and is none
 
 
 class TripleFault(Exception):
@@ -46,6 +57,14 @@ class TripleFault(Exception):
 
 class Unsupported(Exception):
     """Architecture that this engine leaves out, named."""
+
+
+class PortFault(Exception):
+    """A port that the guest's ring may not use."""
+
+    def __init__(self, vector: int, error: int) -> None:
+        super().__init__(f"fault {vector} error {error:#x}")
+        self.vector, self.error = vector, error
 
 
 class _Fault(Exception):
@@ -72,18 +91,17 @@ class Delivery:
 
     # -- entry -------------------------------------------------------------------------------
 
-    def deliver(self, vector: int, *, error: int | None, instruction: bool) -> None:
-        """Deliver *vector*; `instruction`: it came from INT n, whose gate is checked for DPL.
-
-        Raises TripleFault or Unsupported.
-        """
+    def deliver(self, vector: int, error: int | None, cause: Cause) -> None:
+        """Deliver *vector*. Raises TripleFault or Unsupported."""
         if vector >= Native.SYSCALL:
             self._system_call(vector)
             return
-        first: int | None = None if instruction else vector
+        instruction = cause is Cause.INSTRUCTION
+        first: int | None = vector if cause is Cause.EXCEPTION else None
         while True:
             try:
-                self._through_gate(vector, error, instruction)
+                # A fault saves RF, so that a breakpoint at its instruction does not come again (SDM volume 3, 17.3.1).
+                self._through_gate(vector, error, instruction, _RF if first in _FAULTS else 0)
                 return
             except _Fault as fault:
                 if fault.linear is not None:
@@ -95,6 +113,7 @@ class Delivery:
                     self._words[16] -= self._length_of_int(vector)
                 instruction = False
                 second = fault.vector
+                cause = Cause.EXCEPTION
                 if (first == _PAGE and (second == _PAGE or second in _CONTRIBUTORY)) or (
                         first in _CONTRIBUTORY and second in _CONTRIBUTORY):
                     first, vector, error = _DOUBLE_FAULT, _DOUBLE_FAULT, 0
@@ -132,7 +151,7 @@ class Delivery:
             frame = self._walked.get(key)
             if frame is None:
                 try:
-                    frame = translate(self._memory, mode, here, write=write, user=user) - offset
+                    frame = translate(self._memory, mode, here, write=write, user=user, mark=True) - offset
                 except PageFault as fault:
                     raise _Fault(_PAGE, fault.error, linear=here) from fault
                 self._walked[key] = frame
@@ -155,9 +174,30 @@ class Delivery:
                 self._memory[physical:end] = data[done:done + end - physical]
             done += size
 
+    # -- ports -------------------------------------------------------------------------------
+
+    def check_port(self, port: int, size: int) -> None:
+        """The bitmap in the TSS (SDM volume 1, 19.5.2). Raises PortFault with what is due instead."""
+        selector, base, limit, flags = self._registers.raw_segment(SEGMENTS["tr"])
+        self._mode = self._paging()
+        self._walked.clear()
+        try:
+            if not flags & 1 << 15 or not flags >> 8 & 8 or not selector & ~3 or limit < _BITMAP_POINTER + 1:
+                raise _Fault(_PROTECTION)
+            at = int.from_bytes(self._read(base + _BITMAP_POINTER, 2), "little") + port // 8
+            if at + 1 > limit:
+                raise _Fault(_PROTECTION)
+            bits = int.from_bytes(self._read(base + at, 2), "little")
+            if bits >> port % 8 & (1 << size) - 1:
+                raise _Fault(_PROTECTION)
+        except _Fault as fault:
+            if fault.linear is not None:
+                self._registers.set_control(_CR2, fault.linear)
+            raise PortFault(fault.vector, fault.error) from None
+
     # -- gates -------------------------------------------------------------------------------
 
-    def _through_gate(self, vector: int, error: int | None, instruction: bool) -> None:
+    def _through_gate(self, vector: int, error: int | None, instruction: bool, resume: int) -> None:
         registers = self._registers
         if not registers.control(0) & PROTECTED:
             self._real(vector)
@@ -165,9 +205,9 @@ class Delivery:
         self._mode = self._paging()
         self._walked.clear()
         if registers.efer() & LMA:
-            self._long(vector, error, instruction)
+            self._long(vector, error, instruction, resume)
         else:
-            self._protected(vector, error, instruction)
+            self._protected(vector, error, instruction, resume)
 
     def _real(self, vector: int) -> None:
         """Kept short: every BIOS call of a guest comes through here."""
@@ -220,7 +260,7 @@ class Delivery:
         low, high = struct.unpack("<II", self._read(base + (selector & ~7), 8))
         return low, high
 
-    def _protected(self, vector: int, error: int | None, instruction: bool) -> None:
+    def _protected(self, vector: int, error: int | None, instruction: bool, resume: int) -> None:
         registers, words = self._registers, self._words
         external = 0 if instruction else 1
         gate, code = self._gate(vector, 8, instruction)
@@ -252,7 +292,7 @@ class Delivery:
             frame += [old_ss[0], words[4]]
         else:
             pointer, ss = words[4], old_ss
-        frame += [flags, old_cs[0], words[16]]
+        frame += [flags | resume, old_cs[0], words[16]]
         if error is not None:
             frame.append(error)
         mask = 0xFFFF_FFFF if ss[3] & 1 << 22 else 0xFFFF
@@ -292,7 +332,7 @@ class Delivery:
             raise _Fault(_STACK, selector & ~3 | external)
         return selector, *_base_limit(low, high), high
 
-    def _long(self, vector: int, error: int | None, instruction: bool) -> None:
+    def _long(self, vector: int, error: int | None, instruction: bool, resume: int) -> None:
         registers, words = self._registers, self._words
         external = 0 if instruction else 1
         gate, code = self._gate(vector, 16, instruction)
@@ -316,7 +356,7 @@ class Delivery:
         else:
             pointer = words[4]
         flags = self._flags()
-        frame = [old_ss[0], words[4], flags, old_cs[0], words[16]]
+        frame = [old_ss[0], words[4], flags | resume, old_cs[0], words[16]]
         if error is not None:
             frame.append(error)
         data = struct.pack(f"<{len(frame)}Q", *reversed(frame))
@@ -354,7 +394,7 @@ class Delivery:
         if vector == Native.SYSCALL:
             if not registers.efer() & 1:
                 words[16] -= 2
-                self.deliver(6, error=None, instruction=False)
+                self.deliver(6, None, Cause.EXCEPTION)
                 return
             star = registers.msr("star")
             selector = star >> 32 & 0xFFFC
@@ -369,7 +409,7 @@ class Delivery:
             selector = registers.msr("sysenter_cs") & 0xFFFC
             if not selector or not registers.control(0) & PROTECTED:
                 words[16] -= 2
-                self.deliver(_PROTECTION, error=0, instruction=False)
+                self.deliver(_PROTECTION, 0, Cause.EXCEPTION)
                 return
             wide = bool(registers.efer() & LMA)
             words[4] = registers.msr("sysenter_esp")

@@ -32,8 +32,9 @@ from .. import cpuid, kick
 from ..base import Bus, CpuState, EngineError, Event, Exit, ExitKind, ExitReason, Watch, WholeState, nobody
 from ..paging import PagingMode, paging_mode, read_linear
 from ..tsc import read_tsc
-from .delivery import Delivery, TripleFault, Unsupported
-from .quirks import SEGMENT_SIZE, Native, Unicorn
+from .delivery import Cause, Delivery, PortFault, TripleFault, Unsupported
+from .privileged import MSRS_PRESENT, Privileged
+from .quirks import PREFIXES, SEGMENT_SIZE, Native, Unicorn
 from .state import Registers
 
 __all__ = ["SoftwareCpu", "create"]
@@ -41,10 +42,8 @@ __all__ = ["SoftwareCpu", "create"]
 PHYSICAL_END: Final = 1 << 52
 FOUR_GIB: Final = 1 << 32
 _WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17))
-_INVALID_OPCODE: Final = 6
+_DEBUG, _INVALID_OPCODE, _PROTECTION = 1, 6, 13
 _INTERRUPT_FLAG: Final = 0x200
-_PREFIXES: Final = frozenset(
-    (0x66, 0x67, 0xF0, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65))
 _FETCH_ERRORS: Final = frozenset((
     unicorn_const.UC_ERR_FETCH_UNMAPPED, unicorn_const.UC_ERR_FETCH_PROT))
 
@@ -62,6 +61,12 @@ _WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
 def create(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> SoftwareCpu:
     """A vCPU over *memory*. Raises EngineError when Unicorn is not the version it must be."""
     return SoftwareCpu(memory, bus, exits, rom)
+
+
+def _address(callback: Any) -> int:
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 class SoftwareCpu:
@@ -89,9 +94,14 @@ class SoftwareCpu:
         self._cs_base = ctypes.c_uint64.from_address(unicorn.env + unicorn.layout.segments + SEGMENT_SIZE + 8)
         self._delivery = Delivery(
             memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
+        self._privileged = Privileged(unicorn, self._registers, self._code_here, lambda linear: read_linear(
+            memory, paging_mode(self.get_state()), linear, 2))
+        self._refused: PortFault | None = None   # by a port hook, due at its instruction
+        self._length = 0                         # of the port instruction that is left
         out, read_in = _OUT(self._port_out), _IN(self._port_in)
+        guarded_out, guarded_in = _OUT(self._guarded_out), _IN(self._guarded_in)
         told = _CPUID(self._cpuid)
-        for callback in (out, read_in, told):
+        for callback in (out, read_in, guarded_out, guarded_in, told):
             unicorn.keep(callback)
         unicorn.hook(unicorn_const.UC_HOOK_BLOCK, native.block(unicorn.eflags, unicorn.hflags))
         unicorn.hook(unicorn_const.UC_HOOK_INTR, native.interrupt())
@@ -99,15 +109,12 @@ class SoftwareCpu:
         for instruction, vector in ((x86_const.UC_X86_INS_SYSCALL, native.SYSCALL),
                                     (x86_const.UC_X86_INS_SYSENTER, native.SYSENTER)):
             unicorn.hook(unicorn_const.UC_HOOK_INSN, native.note(vector), instruction=instruction)
-        for instruction, callback in ((x86_const.UC_X86_INS_OUT, out),
-                                      (x86_const.UC_X86_INS_IN, read_in)):
-            python = ctypes.cast(callback, ctypes.c_void_p).value
-            assert python is not None
-            unicorn.hook(unicorn_const.UC_HOOK_INSN, native.port(python, unicorn.cpu),
-                         instruction=instruction)
-        identity = ctypes.cast(told, ctypes.c_void_p).value
-        assert identity is not None
-        unicorn.hook(unicorn_const.UC_HOOK_INSN, identity, instruction=x86_const.UC_X86_INS_CPUID)      # OWN_CPUID
+        for instruction, callback, guarded in ((x86_const.UC_X86_INS_OUT, out, guarded_out),
+                                               (x86_const.UC_X86_INS_IN, read_in, guarded_in)):
+            hook = native.port(_address(callback), _address(guarded), unicorn.hflags, unicorn.cpu)
+            unicorn.hook(unicorn_const.UC_HOOK_INSN, hook, instruction=instruction)
+        unicorn.hook(unicorn_const.UC_HOOK_INSN, _address(told), instruction=x86_const.UC_X86_INS_CPUID)   # OWN_CPUID
+        unicorn.intercept(MSRS_PRESENT)                                    # UNCHECKED
         self._map_holes(rom)
         self._kick_addresses = (native.address + native.STOP, native.address + native.KICKED)
         for address in self._kick_addresses:
@@ -133,7 +140,8 @@ class SoftwareCpu:
         native, page, unicorn = self._native, self._native.page, self._unicorn
         if self._event is not None:
             event, self._event = self._event, None
-            ended = self._through_gate(event.vector, event.error, instruction=False)
+            cause = Cause.EXTERNAL if event.kind == "interrupt" else Cause.EXCEPTION
+            ended = self._through_gate(event.vector, event.error, cause)
             if ended is not None:
                 return ended
         elif self._halted:
@@ -155,8 +163,17 @@ class SoftwareCpu:
                 raise error
             if page[native.LEAVE]:
                 page[native.LEAVE] = 0
-                self._complete_port_instruction()
-                return self._left()
+                if self._refused is None:
+                    self._complete_port_instruction()
+                    return self._left()
+                page[native.STOP] = 0                # was for us; a kick that came meanwhile is kept, as in _left
+                if self._stopping or page[native.KICKED]:
+                    page[native.STOP] = 1
+                refused, self._refused = self._refused, None
+                ended = self._raise(refused.vector, refused.error)
+                if ended is not None:
+                    return ended
+                continue
             vector = native.vector.value
             if vector != native.NONE:
                 native.vector.value = native.NONE
@@ -205,20 +222,41 @@ class SoftwareCpu:
     def _interrupt(self) -> Exit | None:
         """Take the external interrupt; the guest stands between two instructions."""
         self._exits[ExitKind.INTERRUPT] += 1
-        return self._through_gate(self._bus.acknowledge(), None, instruction=False)
+        return self._through_gate(self._bus.acknowledge(), None, Cause.EXTERNAL)
 
     def _deliver(self, vector: int) -> Exit | None:
+        """What a native hook has noted: an interrupt, a system call, an intercepted instruction."""
+        if Native.INTERCEPTED <= vector < Native.SYSCALL:
+            self._exits[ExitKind.OTHER] += 1
+            self.watch(ExitKind.OTHER)
+            due = self._privileged.carry_out(vector)
+            return None if due is None else self._raise(due, 0 if due == _PROTECTION else None)
+        if vector == _INVALID_OPCODE and (length := self._length_of_int1()):
+            self._unicorn.words[16] += length                             # NO_INT1
+            return self._raise(_DEBUG, None, behind=True)
         self._exits[ExitKind.INTERRUPT] += 1
         instruction = vector != _INVALID_OPCODE and self._unicorn.was_instruction()
         self.watch(ExitKind.INTERRUPT, behind=instruction or vector >= Native.SYSCALL)
         error = None
         if vector in _WITH_ERROR_CODE and not instruction:
             error = self._unicorn.error_code()
-        return self._through_gate(vector, error, instruction=instruction)
+        return self._through_gate(vector, error, Cause.INSTRUCTION if instruction else Cause.EXCEPTION)
 
-    def _through_gate(self, vector: int, error: int | None, *, instruction: bool) -> Exit | None:
+    def _raise(self, vector: int, error: int | None, *, behind: bool = False) -> Exit | None:
+        """An exception that Unicorn did not see."""
+        self._exits[ExitKind.INTERRUPT] += 1
+        self.watch(ExitKind.INTERRUPT, behind=behind)
+        return self._through_gate(vector, error, Cause.EXCEPTION)
+
+    def _length_of_int1(self) -> int:
+        """Of the INT1 at RIP; 0 where there is none."""
+        code = self._code_here()
+        at = self._behind_prefixes(code)
+        return at + 1 if code[at:at + 1] == b"\xF1" else 0
+
+    def _through_gate(self, vector: int, error: int | None, cause: Cause) -> Exit | None:
         try:
-            self._delivery.deliver(vector, error=error, instruction=instruction)
+            self._delivery.deliver(vector, error, cause)
         except TripleFault:
             self._exits[ExitKind.SHUTDOWN] += 1
             return Exit(ExitReason.TRIPLE_FAULT,
@@ -264,6 +302,27 @@ class SoftwareCpu:
         self._inside = False
         if self._stopping:
             self._leave_if_plain()
+
+    def _guarded_out(self, uc: int, port: int, size: int, value: int, user: int) -> None:
+        """PORTS_FREE: outside of ring 0."""
+        if self._allowed(port, size):
+            self._port_out(uc, port, size, value, user)
+
+    def _guarded_in(self, uc: int, port: int, size: int, user: int) -> int:
+        return self._port_in(uc, port, size, user) if self._allowed(port, size) else 0
+
+    def _allowed(self, port: int, size: int) -> bool:
+        try:
+            if not self._registers.may_use_ports():
+                self._delivery.check_port(port, size)
+            return True
+        except PortFault as fault:
+            self._refused = fault
+            # The instruction begins anew when it is left, and is stopped there.
+            self._native.page[Native.LEAVE] = self._native.page[Native.STOP] = 1
+        except BaseException as error:  # as above
+            self._keep_error(error)
+        return False
 
     def _port_in(self, _uc: int, port: int, size: int, _user: int) -> int:
         self._exits[ExitKind.IO_IN] += 1
@@ -313,22 +372,15 @@ class SoftwareCpu:
 
     def _code_here(self) -> bytes:
         state = self._registers
-        base = 0 if self._is_64() else state.base("cs")
+        base = 0 if state.in_64_bit_code() else state.base("cs")
         mode = paging_mode(state.get_state()) if state.control(0) >> 31 else PagingMode(
             paging=False, pae=False, long=False, large=False, protect=False, root=0)
         return read_linear(self._memory, mode, base + self._unicorn.words[16], 15)
 
-    def _is_64(self) -> bool:
-        state = self._registers
-        return bool(state.efer() & 1 << 10 and state.raw_segment(1)[3] & 1 << 21)
-
     def _plain_length(self) -> int | None:
         """Length of the IN or OUT at RIP, None when it is a string instruction."""
         code = self._code_here()
-        at = 0
-        wide = self._is_64()
-        while at < len(code) and (code[at] in _PREFIXES or (wide and code[at] & 0xF0 == 0x40)):
-            at += 1
+        at = self._behind_prefixes(code)
         if at < len(code):
             if code[at] in (0xE4, 0xE5, 0xE6, 0xE7):
                 return at + 2
@@ -336,18 +388,23 @@ class SoftwareCpu:
                 return at + 1
         return None
 
+    def _behind_prefixes(self, code: bytes) -> int:
+        at, wide = 0, self._registers.in_64_bit_code()
+        while at < len(code) and (code[at] in PREFIXES or (wide and code[at] & 0xF0 == 0x40)):
+            at += 1
+        return at
+
     def _leave_if_plain(self) -> bool:
-        if self._plain_length() is None:
+        length = self._plain_length()
+        if length is None:
             return False
+        self._length = length              # now: a device may have written over the instruction
         self._native.page[Native.LEAVE] = 1
         return True
 
     def _complete_port_instruction(self) -> None:
         words = self._unicorn.words
-        length = self._plain_length()
-        if length is None:
-            raise EngineError("the port instruction that was left is gone from guest memory")
-        words[16] += length
+        words[16] += self._length
         if self._pending_in is not None:
             size, value = self._pending_in
             self._pending_in = None

@@ -33,15 +33,23 @@ HALF_REGISTERS In 16 and 32-bit mode the upper halves of registers read 0. The i
 STALE_CODE     Host writes over code that already ran are not seen: `forget`.
 BUSY_TSS       The cache of TR holds the type *available*, and a call through a gate to an inner ring aborts the
                process on any other, or where TR is not present. `state.py` writes it so and tells it as busy.
+UNCHECKED      MOV to CR0 and CR4, LMSW, CLTS, RDMSR and WRMSR are not checked. SVM's intercepts make them exits, and
+               `privileged.py` checks them and carries them out.
+PORTS_FREE     IN, OUT, INS and OUTS ask neither IOPL nor the TSS's bitmap. The native port hook tells ring 0 from the
+               others, for which the engine asks.
+NO_INT1        INT1 (F1) is an invalid opcode: told from others by its byte.
+NO_RF          RF is not set in the flags that a fault saves, and pages that frames and tables lie in are not marked
+               accessed and dirty: `delivery.py` does both.
 NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
 OWN_CPUID      CPUID tells of QEMU's processor: a hook answers with that of vm/engines/cpuid.py.
 FULL_STACK     A new instance has every x87 register in use (QEMU does not look, another engine does), and ST(n) cannot
                be written: the engine begins with FNINIT's state and writes the FPU's fields in place, the control
                words by the API (which also sets the rounding that follows from them).
 
-Not repaired (the guest sees a difference from a PC): segment limits are not checked, IOPL is not
-checked on IN, the A20 line is always on, unknown MSRs read 0, CR0 takes paging without
-protection.
+Not repaired (the guest sees a difference from a PC): the limits and types of segments are checked when they are
+loaded and in far jumps, not at each access; LOCK before an instruction that takes none of the common ones (MOV, for
+instance) is ignored; alignment (SSE's, and AC) is not checked; data breakpoints and DR7's general detection never
+happen; an x87 error without CR0.NE is not told as IRQ 13; the A20 line is always on, as it is on the kvm engine.
 
 Invariant: one instance belongs to one thread; a second thread on it aborts the process.
 """
@@ -55,7 +63,7 @@ import mmap
 import os
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -82,6 +90,12 @@ _MSRS: Final = {
     "kernel_gs_base": 0xC000_0102, "pat": 0x277,
 }
 XMM_SIZE: Final = 64
+PREFIXES: Final = frozenset((0x66, 0x67, 0xF0, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65))
+_VMCB: Final = 1 << 52                     # guest-physical, beyond every page table's reach
+_VMCB_MSR_MAP: Final = 0x48
+_MSR_RANGES: Final = (0, 0xC000_0000, 0xC001_0000)
+_INTERCEPT_MSR, _INTERCEPT_CR0_CR4 = 1 << 28, 1 << 0 | 1 << 4
+_HIDDEN_GUEST: Final = 1 << 21
 _DR7_RESET: Final = 0x400
 _ENV_SIZE: Final = 0x1600
 CPU_TO_ENV: Final = 35408              # in 2.1.4, for x86-64; checked on every instance
@@ -143,8 +157,9 @@ class Native:
     """
 
     NONE: Final = 0xFFFF_FFFF
+    INTERCEPTED, CR0, CR4, MSR = 0x100, 0x110, 0x114, 0x17C      # SVM's exit codes from 0x100 on: UNCHECKED
     STOP, WANTED, LEAVE, KICKED, VECTOR, STOPPED = 0, 1, 2, 3, 4, 8
-    SYSCALL, SYSENTER = 0x100, 0x101           # vectors that no processor has
+    SYSCALL, SYSENTER = 0x200, 0x201           # vectors that no processor has
 
     def __init__(self) -> None:
         self.page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -205,16 +220,22 @@ class Native:
                             "4883C408"                                # add rsp, 8
                             "C3"))                                    # ret
 
-    def port(self, python: int, cpu: int) -> int:
-        """A port hook: call *python*; when byte 2 is then set, leave the translated code.
+    def port(self, python: int, guarded: int, hidden: int, cpu: int) -> int:
+        """A port hook: call *python*, or *guarded* outside of ring 0; when byte 2 is then set, leave the code.
+
+        *hidden*: address of the hidden flags, whose lowest bits are the ring (0 in real mode, 3 in virtual-8086 mode).
 
         `cpu_loop_exit` longjmps over the library's own frames only: Python has returned by then.
         RIP is that of the port instruction, which has had no effect on the registers yet.
         """
         return self._make(
             bytes.fromhex("4883EC08")                                 # sub rsp, 8
+            + b"\x48\xB8" + struct.pack("<Q", hidden)                 # mov rax, hidden
+            + bytes.fromhex("F60003")                                 # test byte [rax], 3
             + b"\x48\xB8" + struct.pack("<Q", python)                 # mov rax, python
-            + bytes.fromhex("FFD0")                                   # call rax
+            + bytes.fromhex("740A")                                   # jz  call
+            + b"\x48\xB8" + struct.pack("<Q", guarded)                # mov rax, guarded
+            + bytes.fromhex("FFD0")                                   # call: call rax
             + b"\x48\xB9" + struct.pack("<Q", self.address)           # mov rcx, page
             + bytes.fromhex("80790200"                                # cmp byte [rcx+2], 0
                             "7505"                                    # jne leave
@@ -247,6 +268,7 @@ class Unicorn:
         self._flags = ctypes.c_uint64()
         self._flags_reference = ctypes.byref(self._flags)
         self.eflags, self.hflags = self.env + 17 * 8, self.env + self.layout.hflags
+        self.hidden = ctypes.c_uint32.from_address(self.hflags)
         self._old_exception = ctypes.c_int32.from_address(self.env + self.layout.old_exception)
 
     def hook(self, kind: int, pointer: int, *, instruction: int | None = None) -> None:
@@ -276,6 +298,36 @@ class Unicorn:
         """Run from the current state; a UC_ERR_ number. 0 also for a stop and for HLT."""
         self._old_exception.value = -1                                # STICKY_FAULT
         return _lib.uc_emu_start(self.handle, self.words[16], 0, 0, 0)
+
+    def intercept(self, msrs: Iterable[int]) -> None:
+        """UNCHECKED: have the unchecked instructions come out as vectors INTERCEPTED + SVM's exit codes.
+
+        *msrs*: what may be read and written without. The map of the others lies beyond what a guest can address.
+        """
+        page = mmap.mmap(-1, 4 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        struct.pack_into("<Q", page, _VMCB_MSR_MAP, _VMCB + mmap.PAGESIZE)
+        page[mmap.PAGESIZE:] = b"\xFF" * (3 * mmap.PAGESIZE)
+        for number in msrs:
+            first = next((part for part, start in enumerate(_MSR_RANGES) if start <= number < start + 0x2000), None)
+            if first is None:
+                continue                                              # always intercepted
+            bit = (number - _MSR_RANGES[first]) * 2                    # two bits: read, write
+            at = mmap.PAGESIZE + first * 0x800 + bit // 8
+            page[at] &= ~((1 if number == _MSRS["efer"] else 3) << bit % 8) & 0xFF
+        self._keep.append(page)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        _check(_lib.uc_mem_map_ptr(self.handle, _VMCB, len(page), unicorn_const.UC_PROT_READ, ctypes.c_void_p(base)),
+               "map the intercepts")
+        set_intercepts(self.bytes, self.layout.old_exception, self.hidden)
+
+    def set_cr0(self, value: int) -> None:
+        _lib.cpu_x86_update_cr0_x86_64(ctypes.c_void_p(self.env), ctypes.c_uint32(value))
+
+    def set_cr4(self, value: int) -> None:
+        _lib.cpu_x86_update_cr4_x86_64(ctypes.c_void_p(self.env), ctypes.c_uint32(value))
+
+    def write_msr(self, number: int, value: int) -> None:
+        self.uc.msr_write(number, value)
 
     def error_text(self, status: int) -> str:
         return _lib.uc_strerror(status).decode()
@@ -313,6 +365,13 @@ class Unicorn:
     def close(self) -> None:
         self.bytes.release()
         del self.uc                     # the binding closes the instance with its last reference
+
+
+def set_intercepts(env: memoryview, old_exception: int, hidden: ctypes.c_uint32) -> None:
+    """Behind `old_exception`: u64 vm_vmcb, tsc_offset, intercept; u16 of CR reads, CR writes, DR reads, DR writes."""
+    struct.pack_into("<Q", env, old_exception + 8, _VMCB)
+    struct.pack_into("<QHH", env, old_exception + 24, _INTERCEPT_MSR, 0, _INTERCEPT_CR0_CR4)
+    hidden.value |= _HIDDEN_GUEST
 
 
 def _read_self(fd: int, address: int, length: int) -> bytes:
@@ -443,8 +502,11 @@ def _find_layout() -> Layout:
             ("kernel_gs_base", _MSRS["kernel_gs_base"], mark + 25), ("pat", _MSRS["pat"], 0x0504_0600_0107_0406))}
     msrs["sysenter_cs"] = plant("sysenter_cs", "<I", 0x5A50,
                                 lambda: uc.msr_write(_MSRS["sysenter_cs"], 0x5A50))
+    exception = _find_exception_fields()
+    floating_point = _find_floating_point(uc, env, plant)
+    _check_intercepts(uc, env, hflags, exception["old_exception"])
     return Layout(eip=eip, hflags=hflags, segments=segments, control=control, msrs=msrs, handle_to_cpu=handle_to_cpu,
-                  **_find_exception_fields(), **_find_floating_point(uc, env, plant))
+                  **exception, **floating_point)
 
 
 def _find_floating_point(uc: Any, env: int, plant: Callable[[str, str, int, Any], int]) -> dict[str, int]:
@@ -496,6 +558,24 @@ def _find_exception_fields() -> dict[str, int]:
     if not far <= uc.reg_read(x86_const.UC_X86_REG_RDX) << 32 < far + (far >> 1):
         raise _refuse("the offset of the time-stamp counter lies elsewhere")
     return places
+
+
+def _check_intercepts(uc: Any, env: int, hflags: int, old_exception: int) -> None:
+    """MOV CR4 must come out as SVM's exit where it stands."""
+    seen: list[tuple[int, int]] = []
+
+    def note(uc: Any, number: int, _user: Any) -> None:
+        seen.append((number, uc.reg_read(x86_const.UC_X86_REG_RIP)))
+        uc.emu_stop()
+
+    hook = uc.hook_add(unicorn_const.UC_HOOK_INTR, note)
+    uc.mem_write(0x4000, bytes.fromhex("90 0F22E0 90"))          # nop; mov cr4, rax; nop
+    set_intercepts(memoryview((ctypes.c_ubyte * _ENV_SIZE).from_address(env)).cast("B"), old_exception,
+                   ctypes.c_uint32.from_address(env + hflags))
+    uc.emu_start(0x4000, 0x4005)
+    uc.hook_del(hook)
+    if seen != [(Native.CR4, 0x4001)]:
+        raise _refuse("instructions cannot be intercepted")
 
 
 def _check_by_program(uc: Any, env: int, fpregs: int) -> None:

@@ -67,6 +67,7 @@ class Registers:
         self._segments = layout.segments
         self._control = (ctypes.c_uint64 * 5).from_address(unicorn.env + layout.control)
         self._hidden = ctypes.c_uint32.from_address(unicorn.env + layout.hflags)
+        self._debug_status = ctypes.c_uint64.from_address(unicorn.env + layout.debug + 6 * 8)
         self._tsc_offset = ctypes.c_int64.from_address(unicorn.env + layout.tsc_offset)
         self._efer = ctypes.c_uint64.from_address(unicorn.env + layout.msrs["efer"])
 
@@ -106,6 +107,20 @@ class Registers:
     def msr(self, name: str) -> int:
         width = "<I" if name == "sysenter_cs" else "<Q"
         return struct.unpack_from(width, self._bytes, self._unicorn.layout.msrs[name])[0]
+
+    def set_debug_status(self, bits: int) -> None:
+        """Set these of DR6."""
+        self._debug_status.value |= bits
+
+    def in_64_bit_code(self) -> bool:
+        return bool(self._efer.value & LMA and self.raw_segment(SEGMENTS["cs"])[3] & 1 << 21)
+
+    def may_use_ports(self) -> bool:
+        """Whether IOPL, or there being no protection, allows every port."""
+        if not self._control[0] & PROTECTED:
+            return True
+        flags = self._words[17]
+        return not flags & VM86 and self.cpl() <= flags >> 12 & 3
 
     def cpl(self) -> int:
         return self._hidden.value & 3
