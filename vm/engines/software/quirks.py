@@ -40,6 +40,8 @@ PORTS_FREE     IN, OUT, INS and OUTS ask neither IOPL nor the TSS's bitmap. The 
 NO_INT1        INT1 (F1) is an invalid opcode: told from others by its byte.
 NO_RF          RF is not set in the flags that a fault saves, and pages that frames and tables lie in are not marked
                accessed and dirty: `delivery.py` does both.
+HUGE_BUFFER    Translated code is kept until 1 GiB of it has been made: a guest that writes new code all the time makes
+               its worker as large. The buffer is given 64 MiB; when it is full, all is forgotten and made anew.
 NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
 OWN_CPUID      CPUID tells of QEMU's processor: a hook answers with that of vm/engines/cpuid.py.
 FULL_STACK     A new instance has every x87 register in use (QEMU does not look, another engine does), and ST(n) cannot
@@ -90,6 +92,7 @@ _MSRS: Final = {
     "kernel_gs_base": 0xC000_0102, "pat": 0x277,
 }
 XMM_SIZE: Final = 64
+CODE_BUFFER_BYTES: Final = 64 << 20
 PREFIXES: Final = frozenset((0x66, 0x67, 0xF0, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65))
 _VMCB: Final = 1 << 52                     # guest-physical, beyond every page table's reach
 _VMCB_MSR_MAP: Final = 0x48
@@ -255,6 +258,7 @@ class Unicorn:
             raise _refuse(f"its version is {found}")
         self.uc = binding.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
         self.handle: Any = self.uc._uch
+        self.uc.ctl_set_tcg_buffer_size(CODE_BUFFER_BYTES)            # HUGE_BUFFER
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         _check(_lib.uc_mem_map_ptr(self.handle, 0, len(memory), unicorn_const.UC_PROT_ALL,
                                    ctypes.c_void_p(base)), "map guest memory")
@@ -327,7 +331,9 @@ class Unicorn:
         _lib.cpu_x86_update_cr4_x86_64(ctypes.c_void_p(self.env), ctypes.c_uint32(value))
 
     def write_msr(self, number: int, value: int) -> None:
+        self.hidden.value &= ~_HIDDEN_GUEST        # or it would be intercepted itself, where there is nothing to leave
         self.uc.msr_write(number, value)
+        self.hidden.value |= _HIDDEN_GUEST
 
     def error_text(self, status: int) -> str:
         return _lib.uc_strerror(status).decode()
