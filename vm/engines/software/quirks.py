@@ -332,7 +332,8 @@ class Unicorn:
 
     def write_msr(self, number: int, value: int) -> None:
         self.hidden.value &= ~_HIDDEN_GUEST        # or it would be intercepted itself, where there is nothing to leave
-        self.uc.msr_write(number, value)
+        uc: Any = self.uc
+        uc.msr_write(number, value)
         self.hidden.value |= _HIDDEN_GUEST
 
     def error_text(self, status: int) -> str:
