@@ -92,8 +92,8 @@ class Qemu:
         disk, ram = folder / "disk", folder / "ram"
         disk.write_bytes(boot_sector(kind).ljust(1440 << 10, b"\0"))
         self.process = subprocess.Popen(
-            [QEMU, "-accel", "tcg", "-name", "guest,debug-threads=on", "-m", "16", "-machine", "pc,memory-backend=ram", "-object",
-             f"memory-backend-file,id=ram,size={MEMORY_BYTES},mem-path={ram},share=on", "-drive",
+            [QEMU, "-accel", "tcg", "-name", "guest,debug-threads=on", "-m", "16", "-machine", "pc,memory-backend=ram",
+             "-object", f"memory-backend-file,id=ram,size={MEMORY_BYTES},mem-path={ram},share=on", "-drive",
              f"format=raw,if=floppy,file={disk}", "-display", "none", "-vga", "none", "-nic", "none", "-serial", "none",
              "-monitor", "none"], stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 60

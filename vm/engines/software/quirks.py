@@ -42,6 +42,8 @@ NO_RF          RF is not set in the flags that a fault saves, and pages that fra
                accessed and dirty: `delivery.py` does both.
 HUGE_BUFFER    Translated code is kept until 1 GiB of it has been made: a guest that writes new code all the time makes
                its worker as large. The buffer is given 64 MiB; when it is full, all is forgotten and made anew.
+SLOW_STORES    Every store goes the way of stores over code, twenty times as slow: `stores.py` patches the library so that
+               only stores to pages with code do.
 NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
 OWN_CPUID      CPUID tells of QEMU's processor: a hook answers with that of vm/engines/cpuid.py.
 FULL_STACK     A new instance has every x87 register in use (QEMU does not look, another engine does), and ST(n) cannot
@@ -74,6 +76,7 @@ from unicorn.unicorn_py3 import unicorn as binding
 
 from .. import kick
 from ..base import EngineError
+from .stores import Stores
 
 __all__ = ["Layout", "Native", "Unicorn", "found_layout", "installed_version"]
 
@@ -122,6 +125,11 @@ class Layout:
     xmm: int                   # registers of 64 bytes
     debug: int                 # DR0 to DR7
     tsc_offset: int
+
+
+@functools.cache
+def _stores(handle_to_cpu: int) -> Stores:
+    return Stores(_symbol, handle_to_cpu)
 
 
 @functools.cache
@@ -268,6 +276,7 @@ class Unicorn:
         self.words = (ctypes.c_uint64 * 18).from_address(self.env)    # 16 general, RIP, EFLAGS
         self.bytes = memoryview((ctypes.c_ubyte * _ENV_SIZE).from_address(self.env)).cast("B")
         self.layout = layout
+        _stores(layout.handle_to_cpu).memory_of(base, len(memory))    # SLOW_STORES
         self._keep: list[Any] = []
         self._flags = ctypes.c_uint64()
         self._flags_reference = ctypes.byref(self._flags)
