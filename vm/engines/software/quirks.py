@@ -42,8 +42,8 @@ NO_RF          RF is not set in the flags that a fault saves, and pages that fra
                accessed and dirty: `delivery.py` does both.
 HUGE_BUFFER    Translated code is kept until 1 GiB of it has been made: a guest that writes new code all the time makes
                its worker as large. The buffer is given 64 MiB; when it is full, all is forgotten and made anew.
-SLOW_STORES    Every store goes the way of stores over code, twenty times as slow: `stores.py` patches the library so that
-               only stores to pages with code do.
+SLOW_STORES    Every store goes the way of stores over code, twenty times as slow: `stores.py` patches the library so
+               that only stores to pages with code do.
 NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
 OWN_CPUID      CPUID tells of QEMU's processor: a hook answers with that of vm/engines/cpuid.py.
 FULL_STACK     A new instance has every x87 register in use (QEMU does not look, another engine does), and ST(n) cannot

@@ -13,7 +13,8 @@ tlb_protect_code          is called whenever a page gets its first translated bl
 A page that has held code stays marked: stores there are as slow as before, and never wrong.
 
 Invariants.  A page without a mark holds no translated code of any instance over that memory: marks belong to the
-memory, by its host address, and outlive instances.  Memory that is not the newest instance's, and ROMs, count as marked.
+memory, by its host address, and outlive instances.  Memory that is not the newest instance's, and ROMs, count as
+marked.
 Code is patched only where its bytes are exactly those expected; otherwise nothing is done and stores stay slow.
 A page is never writable and executable at once, and nothing runs in it meanwhile: a process of ours has one thread
 when its first instance is made.
