@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from typing import Any, Final
 
 from unicorn import unicorn_const, x86_const
@@ -90,8 +91,7 @@ class SoftwareCpu:
         self._native = native = Native()
         self._unicorn = unicorn = Unicorn(memory)
         self._registers = Registers(unicorn)
-        # The base in the second segment cache, CS: read at every exit that is watched.
-        self._cs_base = ctypes.c_uint64.from_address(unicorn.env + unicorn.layout.segments + SEGMENT_SIZE + 8)
+        self.where = self._locating()
         self._delivery = Delivery(
             memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
         self._privileged = Privileged(unicorn, self._registers, self._code_here, lambda linear: read_linear(
@@ -414,8 +414,13 @@ class SoftwareCpu:
 
     # -- state -------------------------------------------------------------------------------
 
-    def where(self) -> int:
-        return self._cs_base.value + self._unicorn.words[16]
+    def _locating(self) -> Callable[[], int]:
+        """`where`, as a closure over views of two words: it is called at every exit that is watched."""
+        unicorn = self._unicorn
+        state = unicorn.bytes.cast("Q")
+        base = (unicorn.layout.segments + SEGMENT_SIZE + 8) // 8          # in the second segment cache, CS
+        pointer = unicorn.layout.eip // 8
+        return lambda: state[base] + state[pointer]
 
     def get_gpr(self) -> list[int]:
         return self._registers.general()
