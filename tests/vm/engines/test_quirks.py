@@ -182,3 +182,13 @@ def test_busy_tss(machine):
     assert machine.cpu.run().reason is ExitReason.HALTED
     after = machine.cpu.get_state()
     assert (after.gpr[RIP], after.cs.dpl, after.ss.selector, after.tr.type) == (0x11001, 0, 0x10, 11)
+
+
+def test_sticky_int(machine):
+    """An intercepted instruction that follows an INT n stands where it stands."""
+    machine.poke(0x21 * 4, struct.pack("<HH", 0x600, 0))
+    machine.poke(0x600, b"\xCF")                                                      # iret
+    # int 21; mov eax, cr0; mov cr0, eax; inc bx; hlt
+    assert machine.run("CD21 0F20C0 0F22C0 43 F4").reason is ExitReason.HALTED
+    gpr = machine.cpu.get_gpr()
+    assert (gpr[3], gpr[RIP]) == (1, 0x7C0A)

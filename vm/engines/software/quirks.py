@@ -24,6 +24,8 @@ NO_IDT         Unicorn never delivers an interrupt: a native hook notes the vect
                `delivery.py` builds the frame.
 STICKY_FAULT   `old_exception` is never cleared, so that the second page fault becomes a double
                fault and later faults come without a hook. It is set to -1 before every start.
+STICKY_INT     Nor is `exception_is_int`: an intercepted instruction after an INT n would be taken for one, and the
+               instruction pointer set behind that INT. It is set to 0 there, too.
 UNTIL_PROBE    The address `until` is translated by the guest's MMU and overwrites CR2. Exit
                addresses are switched on with none given, so that nothing is probed.
 RING_LOCK      `uc_reg_write` cannot lower the CPL and may crash on SS with an unmapped GDT.
@@ -282,6 +284,7 @@ class Unicorn:
         self._flags_reference = ctypes.byref(self._flags)
         self.eflags, self.hflags = self.env + 17 * 8, self.env + self.layout.hflags
         self.hidden = ctypes.c_uint32.from_address(self.hflags)
+        self._is_int = ctypes.c_int32.from_address(self.env + self.layout.exception_is_int)
         self._old_exception = ctypes.c_int32.from_address(self.env + self.layout.old_exception)
 
     def hook(self, kind: int, pointer: int, *, instruction: int | None = None) -> None:
@@ -310,6 +313,7 @@ class Unicorn:
     def start(self) -> int:
         """Run from the current state; a UC_ERR_ number. 0 also for a stop and for HLT."""
         self._old_exception.value = -1                                # STICKY_FAULT
+        self._is_int.value = 0                                        # STICKY_INT
         return _lib.uc_emu_start(self.handle, self.words[16], 0, 0, 0)
 
     def intercept(self, msrs: Iterable[int]) -> None:
