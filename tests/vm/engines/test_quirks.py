@@ -191,4 +191,4 @@ def test_sticky_int(machine):
     # int 21; mov eax, cr0; mov cr0, eax; inc bx; hlt
     assert machine.run("CD21 0F20C0 0F22C0 43 F4").reason is ExitReason.HALTED
     gpr = machine.cpu.get_gpr()
-    assert (gpr[3], gpr[RIP]) == (1, 0x7C0A)
+    assert (gpr[RBX], gpr[RIP]) == (1, 0x7C0A)
