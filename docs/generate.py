@@ -15,6 +15,7 @@ from mixvisor.config.scenario import Scenario
 from mixvisor.config.schema import json_schema
 from mixvisor.service.warnings import sections
 from mixvisor.vm.engines.kvm.exits import table
+from mixvisor.vm.engines.software.quirks import listed
 from mixvisor.vm.lifecycle import diagram
 from mixvisor.vm.modes import rules_table
 
@@ -92,7 +93,14 @@ def scenario() -> str:
     return "\n".join(lines)
 
 
+def quirks_table() -> str:
+    """The defects of Unicorn that are worked around, from vm/engines/software/quirks.py."""
+    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in listed()]
+    return "\n".join(["| name | the defect, and what is done |", "|---|---|", *rows, ""])
+
+
 PARTS = {
+    "quirks": quirks_table,
     "life-cycle": lambda: f"```mermaid\n{diagram()}```\n",
     "mode-rules": rules_table,
     "configuration": configuration,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import pathlib
 import struct
 
 import pytest
@@ -192,3 +193,93 @@ def test_sticky_int(machine):
     assert machine.run("CD21 0F20C0 0F22C0 43 F4").reason is ExitReason.HALTED
     gpr = machine.cpu.get_gpr()
     assert (gpr[RBX], gpr[RIP]) == (1, 0x7C0A)
+
+
+def test_unchecked():
+    uc = bare(code="B8FFFFFFFF 0F22E0 90")                       # mov eax, -1; mov cr4, rax; nop
+    seen = []
+    uc.hook_add(unicorn_const.UC_HOOK_INTR, lambda uc, number, _: seen.append(number))
+    uc.emu_start(0x1000, 0x1009)
+    assert seen == []                                            # bits that are not there: no #GP
+    # What the engine makes of it: tests/vm/engines/test_conformance.py.
+
+
+def test_an_intercepted_guest_may_touch_every_msr_that_is_there(machine):
+    """Those of MSRS_PRESENT do not leave the guest (but WRMSR of EFER), the others are faults."""
+    from mixvisor.vm.engines.software.privileged import MSRS_PRESENT
+    machine.poke(13 * 4, struct.pack("<HH", 0x600, 0))
+    machine.poke(0x600, b"\xF4")
+    for number in (*sorted(MSRS_PRESENT), 0x11, 0x1FFF, 0x2000, 0xC000_0085, 0xC001_0000, 0xFFFF_FFFF):
+        machine.run("66B9" + struct.pack("<I", number).hex() + "0F32 F4")            # mov ecx, n; rdmsr; hlt
+        assert (machine.cpu.get_gpr()[RIP] == 0x7C09) == (number in MSRS_PRESENT), hex(number)
+
+
+def test_ports_free():
+    # Ring 3 by the hidden flags, IOPL 0: bare Unicorn asks nobody.
+    memory = mmap.mmap(-1, 1 << 20)
+    memory[0x1000:0x1003] = bytes.fromhex("E464 90")
+    unicorn = quirks.Unicorn(memory)
+    unicorn.hidden.value |= 3
+    seen = []
+    unicorn.uc.hook_add(unicorn_const.UC_HOOK_INSN, lambda uc, port, size, _: seen.append(port) or 0, None, 1, 0,
+                        x86_const.UC_X86_INS_IN)
+    unicorn.uc.hook_add(unicorn_const.UC_HOOK_INTR, lambda uc, number, _: seen.append(-number))
+    unicorn.words[16] = 0x1000
+    unicorn.uc.ctl_set_exits([0x1002])
+    unicorn.start()
+    assert seen == [0x64]
+
+
+def test_no_int1():
+    uc = bare(code="F1 90")
+    seen = []
+    uc.hook_add(unicorn_const.UC_HOOK_INTR, lambda uc, number, _: seen.append(number))
+    uc.hook_add(unicorn_const.UC_HOOK_INSN_INVALID, lambda uc, _: seen.append("invalid") or uc.emu_stop() or True)
+    uc.emu_start(0x1000, 0x1001)
+    assert seen == ["invalid"]
+
+
+def test_huge_buffer():
+    assert bare(code="90").ctl_get_tcg_buffer_size() > quirks.CODE_BUFFER_BYTES
+    assert quirks.Unicorn(mmap.mmap(-1, 1 << 20)).uc.ctl_get_tcg_buffer_size() == quirks.CODE_BUFFER_BYTES
+
+
+def test_slow_stores(make):
+    """The library is patched, pages with code are marked, and those without are not."""
+    stores = quirks._stores(quirks.found_layout().handle_to_cpu)
+    assert stores.fast
+    stores._marks.clear()                # of other tests' memory that lay at this address
+    machine = make("software", 4 << 20)
+    machine.run("C606003012 C606007C34 F4")             # mov byte [3000], 12; mov byte [7C00], 34; hlt
+    _, size, marks = stores._words
+    assert size == len(machine.memory)
+    assert [ctypes.string_at(marks + page, 1)[0] for page in (3, 7)] == [0, 1]
+    assert (machine.memory[0x3000], machine.memory[0x7C00]) == (0x12, 0x34)
+
+
+def test_code_that_is_written_after_it_ran_and_its_page_was_data_before(machine):
+    """Data page, then code, then written again: from fast stores to slow ones and back over, many times."""
+    # L: mov byte [9001], cl; call 9000; add bx, ax; loop L; hlt.   9000: mov al, n; ret
+    machine.poke(0x9000, bytes.fromhex("B000 C3"))
+    machine.run("31DB 31C0 B96400 880E0190 E8F213 01C3 E2F5 F4")
+    assert machine.cpu.get_gpr()[RBX] & 0xFFFF == sum(range(1, 101))
+
+
+# Where each defect of the list in quirks.py is shown, when not in a test of its name here.
+ELSEWHERE = {
+    "INEXACT_STOP": "test_progress_is_never_counted_twice_over_many_stops",
+    "NO_IDT": "test_int_from_ring_3_reaches_ring_0",
+    "STICKY_FAULT": "test_exception_in_flight_is_cleared_before_every_start",
+    "UNTIL_PROBE": "test_page_faults_tell_address_and_kind_also_the_second",
+    "RING_LOCK": "test_hidden_flags_follow_from_the_state_as_unicorn_itself",
+    "NO_SYSCALL": "test_syscall_enters_ring_0",
+    "OWN_CPUID": "cpuid", "FULL_STACK": "fpu", "NO_RF": "test_a_program_does_as_the_manual_says",
+}
+
+
+def test_every_defect_that_is_named_has_a_test():
+    text = "\n".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    names = [name for name, _ in quirks.listed()]
+    assert len(names) > 15
+    for name in names:
+        assert f"def test_{name.lower()}" in text or ELSEWHERE[name] in text, name

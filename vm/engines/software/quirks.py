@@ -80,7 +80,7 @@ from .. import kick
 from ..base import EngineError
 from .stores import Stores
 
-__all__ = ["Layout", "Native", "Unicorn", "found_layout", "installed_version"]
+__all__ = ["Layout", "Native", "Unicorn", "found_layout", "installed_version", "listed"]
 
 VERSION: Final = "2.1.4"
 _lib = binding.uclib
@@ -127,6 +127,18 @@ class Layout:
     xmm: int                   # registers of 64 bytes
     debug: int                 # DR0 to DR7
     tsc_offset: int
+
+
+def listed() -> list[tuple[str, str]]:
+    """The defects named above and what is done: (name, text) in order."""
+    found: list[tuple[str, str]] = []
+    for line in (__doc__ or "").split("The defects, and")[1].split("Not repaired")[0].splitlines()[1:]:
+        name, _, rest = line.partition(" ")
+        if name.isupper() and name.replace("_", "").isalnum():
+            found.append((name, rest.strip()))
+        elif line.startswith(" ") and found:
+            found[-1] = found[-1][0], f"{found[-1][1]} {line.strip()}"
+    return found
 
 
 @functools.cache
