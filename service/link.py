@@ -47,9 +47,16 @@ class WorkerLink:
     async def events(self, on_event: Callable[[dict[str, Any]], None]) -> None:
         """Read until the worker's end closes. Raises Nonsense."""
         try:
+            reset = False
             while True:
                 try:
                     data = await self._link.recv(MAX_PACKET)
+                except ConnectionResetError:
+                    # The worker left a request unread. The kernel says so once, and before what it said last.
+                    if reset:
+                        return
+                    reset = True
+                    continue
                 except (ConnectionError, trio.ClosedResourceError):
                     return
                 if not data:

@@ -62,6 +62,17 @@ async def test_a_refusal_a_silence_and_an_end_are_three_errors(pair, nursery, au
         await link.ask("screen")
 
 
+async def test_the_last_word_of_a_worker_is_heard_when_a_request_crossed_it(pair):
+    ours, theirs = pair
+    link = WorkerLink(ours, lambda: None)
+    await link.tell("stop")
+    await theirs.send(b'{"event": "ended"}')
+    theirs.close()                                     # with the request unread: the kernel resets
+    events = []
+    await link.events(events.append)
+    assert events == [{"event": "ended"}]
+
+
 @pytest.mark.parametrize("packet", [b"\xff", b"[1]", b"[" * 60_000, b'{"id": "x"}', b"{}"])
 async def test_nonsense_from_a_worker_ends_the_reading(pair, packet):
     ours, theirs = pair

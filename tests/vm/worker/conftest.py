@@ -224,10 +224,11 @@ class RunningWorker:
         self.exit_code: int | None = None
 
     def _receive(self) -> dict[str, Any]:
-        try:
-            packet = self.link.recv(MAX_PACKET)
-        except ConnectionResetError:
-            packet = b""
+        packet = b""
+        for _ in range(2):                   # a reset is told once, before what was said last
+            with contextlib.suppress(ConnectionResetError):
+                packet = self.link.recv(MAX_PACKET)
+                break
         if not packet:
             raise AssertionError(f"the worker is gone without a word, exit code {self.wait()}")
         return json.loads(packet)
