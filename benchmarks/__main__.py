@@ -5,7 +5,8 @@ import sys
 
 from .common import machine
 
-NAMES = ("policy", "scan", "watch", "dispatch", "start", "work", "online", "scrape", "mixing", "hundred")
+NAMES = ("policy", "scan", "watch", "compute", "timer", "dispatch", "start", "work", "online", "scrape", "mixing",
+         "hundred")
 
 print(machine())
 failed = [name for name in NAMES
