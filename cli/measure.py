@@ -40,7 +40,7 @@ SLICES_US: Final = (500, 1000, 2000)
 REFERENCE_US: Final = 1000
 SECONDS: Final = 60.0
 SECONDS_WITH_PRECISION: Final = 600.0
-SECONDS_MAX: Final = 86_400.0
+SECONDS_MAX: Final = 3_600.0
 WANTED: Final = 0.002
 LINE_SECONDS: Final = 3.0
 GUESTS: Final = ("randmem", "alu", "rings", "portio")
@@ -139,6 +139,10 @@ def measure(ctx: click.Context, vms: str | None, source: Path | None, output: st
         raise ServiceError(str(error)) from error
     _refuse_contradictions(ctx, vms, source)
     wish = Wish(ctx, **given)
+    # Before a minute of measuring, not after it.
+    folder = wish.out.absolute().parent if wish.out else Path.cwd()
+    if (source is None or wish.out) and not os.access(folder, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"nothing can be written in {folder}", param_hint="--out")
     if source is not None:
         _tell(_read(source), wish, output, data=source)
         return
@@ -209,8 +213,8 @@ def _of_the_service(names: str, wish: Wish) -> Ended:
 
 
 _NO_PROGRESS: Final = (
-    "how much work {} do is unknown: they have no progress counter (key progress in their [[vm]] tables), and this "
-    "host has no performance counters that would stand in")
+    "how much work {} would do is unknown, for there is no progress counter to read: a 64-bit word in guest memory "
+    "that the guest raises as it works, named by the key progress of its [[vm]] table")
 
 
 def _look_before(snapshot: Snapshot, wanted: Sequence[str]) -> None:
@@ -460,7 +464,6 @@ def _tell(recording: Recording, wish: Wish, output: str, *, data: Path | None) -
     from ..metrics.mixing.plot import svg
     from ..metrics.mixing.report import analyse, judge, to_json, to_result
     from ..metrics.mixing.slices import write
-    from ..service.backend import ServiceError
     from .common import print_json, stdout_console
     from .verdict import show_verdict
 
@@ -479,7 +482,7 @@ def _tell(recording: Recording, wish: Wish, output: str, *, data: Path | None) -
                 path.write_text(svg(analysis, verdict, title=_title(recording)), encoding="utf-8")
                 files["plot"] = str(path)
         except OSError as error:
-            raise ServiceError(f"{prefix}: what was measured cannot be kept: {error.strerror}") from error
+            notice(f"{prefix}: what was measured cannot be kept: {error.strerror}")
     if wish.save and data is None and not recording.about.get("placebo"):
         files["result"] = _save(to_result(analysis, verdict))
     if output == "json":
@@ -506,7 +509,7 @@ def _save(result: Any) -> str | None:
         with Client(control_socket()) as client:
             known = client.mixing()
             if older_is_better(type(result).from_json(known) if known else None):
-                notice("The service keeps what was measured before: this result has doubts.")
+                notice("The service keeps what was measured before: this result says less.")
                 return None
             client.keep_mixing(result.to_json())
             return f"service on {control_socket()}"
@@ -518,7 +521,7 @@ def _save(result: Any) -> str | None:
     try:
         with contextlib.suppress(FileNotFoundError, ResultError):
             if older_is_better(read_result(path)):
-                notice(f"{path} keeps what was measured before: this result has doubts.")
+                notice(f"{path} keeps what was measured before: this result says less.")
                 return None
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         write_result(result, path)

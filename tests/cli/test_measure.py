@@ -64,6 +64,7 @@ def test_kept_slices_are_analysed_for_programs_too_and_a_plot_is_drawn_where_ask
     (("--slices", "fast"), 2, "from 0.25 to 20 ms"),
     (("--working-set", "100K", "--placebo", "software"), 2, "a power of two"),
     (("--seconds", "1"), 2, "--seconds"),
+    (("--out", "/nowhere/x"), 2, "nothing can be written in /nowhere"),
     (("--cpu", "4000"), 2, "host CPU 4000 cannot be used"),
 ])
 def test_a_mistake_is_one_sentence_and_an_exit_code(run, service, arguments, code, says):  # noqa: F811

@@ -118,6 +118,34 @@ async def test_vms_that_cannot_lend_are_refused_and_nothing_has_changed(
         scheduler.end_loan(loan, "done")
 
 
+@pytest.mark.rt
+async def test_lenders_are_brought_together_from_all_host_cpus_and_go_where_they_like_afterwards(
+    rt: None, spawner: Spawner, spinners: Make,
+) -> None:
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    ours = spinners(4)
+    scheduler = Scheduler(cpus=cpus, spawn=spawner, dispatch="gentle")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(scheduler.run)
+        for at, spinner in enumerate(ours):
+            mode = ("software", "hardware")[at % 2]
+            await scheduler.admit(thread(spinner, f"vm{at}", cpus=frozenset(cpus), mode=mode))
+
+        def where(vm: str) -> int | None:
+            return scheduler.figures(vm).cpu
+
+        await until(lambda: {where(f"vm{at}") for at in range(4)} == set(cpus))
+        loan = await scheduler.lend(["vm0", "vm1", "vm2"])
+        assert {where(f"vm{at}") for at in range(3)} == {loan.cpu}
+        loan.write([(at % 3, MS) for at in range(300)])
+        await until(lambda: loan.played == 300)
+        assert {where(f"vm{at}") for at in range(3)} == {loan.cpu}
+        scheduler.end_loan(loan, "done")
+        await until(lambda: len({where(f"vm{at}") for at in range(3)}) == 2)
+        nursery.cancel_scope.cancel()
+    assert all(spinner.free() for spinner in ours)
+
+
 async def test_where_the_kernel_schedules_there_is_no_order_to_lend(spawner: Spawner, spinners: Make) -> None:
     (one,) = spinners(1)
     async with scheduling(spawner, "plain") as scheduler:
