@@ -208,13 +208,9 @@ def _of_the_service(names: str, wish: Wish) -> Ended:
         unknown = [vm["name"] for vm in lent["vms"] if not vm["counts"]]
         if unknown:
             client.give_back(lent["loan"])
-            raise Unusable(_NO_PROGRESS.format(", ".join(unknown)))
+            raise Unusable(f"nobody can know how much work is done by {', '.join(unknown)}: no progress counter (key "
+                           f"progress of a [[vm]] table) is named, and {lent['uncounted']}")
         return _campaign(client, lent, wish, HostFacts.read(), stop)
-
-
-_NO_PROGRESS: Final = (
-    "how much work {} would do is unknown, for there is no progress counter to read: a 64-bit word in guest memory "
-    "that the guest raises as it works, named by the key progress of its [[vm]] table")
 
 
 def _look_before(snapshot: Snapshot, wanted: Sequence[str]) -> None:
@@ -234,9 +230,6 @@ def _look_before(snapshot: Snapshot, wanted: Sequence[str]) -> None:
         roles_of([Vm(name, known[name].mode) for name in wanted])
     except WrongVms as error:
         raise Unusable(str(error)) from error
-    unknown = [name for name in wanted if known[name].progress is None]
-    if unknown:
-        raise Unusable(_NO_PROGRESS.format(", ".join(unknown)))
 
 
 @contextlib.contextmanager
@@ -493,7 +486,8 @@ def _tell(recording: Recording, wish: Wish, output: str, *, data: Path | None) -
 
 def _title(recording: Recording) -> str:
     about = recording.about
-    return f"What mixing costs: {about.get('cpu_model', 'unknown CPU')}, {about.get('technology', 'unknown')}"
+    return (f"What mixing costs: {about.get('cpu_model', 'unknown CPU')}, {about.get('technology', 'unknown')}; "
+            f"{about.get('guests', 'unknown guests')}")
 
 
 def _save(result: Any) -> str | None:

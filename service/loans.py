@@ -22,6 +22,7 @@ from ..config.model import GuestBoot, VmConfig
 from ..sched.loan import Loan, LoanedSlice, LoanRefused
 from ..sched.supervisor import Scheduler
 from ..vm.guests import BUILTIN
+from ..vm.hosts.instructions import why_not_counted
 from .backend import Conflict, Denied, NotFound, Unusable
 from .warnings import Board
 
@@ -79,7 +80,8 @@ class Loans:
                  cpu=loan.cpu)
         return {"loan": self._id, "cpu": loan.cpu, "columns": COLUMNS, "host": dict(self._host), "vms": [
             {"name": config.name, "mode": mode, "counts": counts, **_guest(config)}
-            for config, mode, counts in zip(configs, loan.modes, loan.counts, strict=True)], **self._dispatch()}
+            for config, mode, counts in zip(configs, loan.modes, loan.counts, strict=True)],
+            "uncounted": "" if all(loan.counts) else why_not_counted(), **self._dispatch()}
 
     def exchange(self, number: str, script: Any) -> dict[str, Any]:
         """More of the script in, slices out. Raises ServiceError."""
