@@ -118,7 +118,8 @@ def _line(x: _Scale, y: _Scale, cost: Estimate, farthest: float) -> list[str]:
     zero = f"{x(0):.1f},{y(0):.1f}"
     tip = at(cost.value)
     label = f"{cost.value / 1e3:.1f} ± {cost.half_width() / 1e3:.1f} µs a crossing"
-    return [f'<polygon points="{zero} {end:.1f},{at(low):.1f} {end:.1f},{at(high):.1f}" fill="{ORDER}" fill-opacity="{BAND}"/>',
+    return [f'<polygon points="{zero} {end:.1f},{at(low):.1f} {end:.1f},{at(high):.1f}" fill="{ORDER}" '
+            f'fill-opacity="{BAND}"/>',
             f'<line x1="{x(0):.1f}" y1="{y(0):.1f}" x2="{end:.1f}" y2="{tip:.1f}" stroke="{ORDER}" '
             'stroke-width="1.6"/>',
             _text(end - 4, tip + (18 if tip < TOP + 30 else -10), label, anchor="end", fill=ORDER, weight=600)]
