@@ -52,7 +52,7 @@ CHANGE_S: Final = 2.0              # until all dispatchers follow another policy
 class SliceObserver(Protocol):
     """Told of every slice; must be quick and must not raise."""
 
-    def named(self, generation: int, vm: str, mode: str) -> None: ...
+    def named(self, generation: int, vm: str) -> None: ...
     def slices(self, cpu: int, records: Sequence[SliceRecord]) -> None: ...
 
 
@@ -193,7 +193,7 @@ class Scheduler:
             raise AdmissionRefused(f"VM {thread.vm!r}: its process has ended") from error
         self._recorder.name(generation, thread.vm)
         if self._observer is not None:
-            self._observer.named(generation, thread.vm, thread.mode)
+            self._observer.named(generation, thread.vm)
         if thread.index == 0:
             self._past.pop(thread.vm, None)
         await self._plan()

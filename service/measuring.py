@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, cast
+from typing import Final
 
 import structlog
 import trio
@@ -95,7 +95,7 @@ class Measuring:
         self._looking = True
         self._thrifty = False
         self._looked_ns = self._skipped_ns = 0       # since crossings were counted last
-        self._names: dict[int, tuple[str, Mode]] = {}
+        self._names: dict[int, str] = {}
         self._lost_ns: dict[str, float] = {}
         self._overlap_ns: dict[str, int] = {scope: 0 for scope in SCOPES}  # noqa: C420 - typed
         self._measurements: dict[str, int] = {}
@@ -106,9 +106,9 @@ class Measuring:
 
     # -- from the scheduler ------------------------------------------------------------------
 
-    def named(self, generation: int, vm: str, mode: str) -> None:
+    def named(self, generation: int, vm: str) -> None:
         """From now on slices of this generation are the VM's."""
-        self._names[generation] = vm, cast("Mode", mode)
+        self._names[generation] = vm
         if len(self._names) > NAMES:
             del self._names[next(iter(self._names))]
 
@@ -221,8 +221,8 @@ class Measuring:
         told = self._told
         if told is None or told.verdict != "penalty":
             return
-        for generation, count in crossings.items():
-            vm, mode = self._names.get(generation, ("", MODES[0]))
+        for (generation, mode), count in crossings.items():
+            vm = self._names.get(generation, "")
             cost = told.cost_us_by_victim.get(mode)
             if vm and cost is not None and cost.value > 0:
                 self._lost_ns[vm] = self._lost_ns.get(vm, 0.0) + scale * count * cost.value * 1e3

@@ -154,7 +154,7 @@ class _Block:
     start_ns: int
     end_ns: int = 0
     offered: int = 0
-    # generation -> [code, run, progress, code, run, progress ...]
+    # VM -> [code, run, progress, code, run, progress ...]
     raw: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     crossings: list[int] = field(default_factory=lambda: [0, 0])          # by the victim's mode
     run_ns: list[int] = field(default_factory=lambda: [0, 0])
@@ -177,15 +177,18 @@ class _Track:
     def __init__(self) -> None:
         self.block: _Block | None = None
         self.end_ns = 0
-        self.last = 0                        # generation of the slice before; 0: not known
+        self.last = 0                        # VM of the slice before; 0: not known
         self.last_mode = 0
         self.index = 0
         self.breath_at = 0                   # the last slice with a breath in it
-        self.seen: dict[int, int] = {}       # generation -> its last slice
+        self.seen: dict[int, int] = {}       # VM -> its last slice
 
 
 class Online:
-    """`feed` it every slice of every host CPU; ask it for an `estimate` now and then. Not thread-safe."""
+    """`feed` it every slice of every host CPU; ask it for an `estimate` now and then. Not thread-safe.
+
+    A VM is known by its generation and its mode (2 generation + mode): one that changes its mode is another one.
+    """
 
     def __init__(self) -> None:
         self._tracks: dict[int, _Track] = {}
@@ -197,7 +200,7 @@ class Online:
         self._fit: tuple[list[float], list[float]] = ([0.0] * _CODES, [0.0] * _CODES)   # effect by mode and code
         self._fitted = False                         # the burn-in is over
         self._due = 0                                # blocks since the last fit
-        self.crossings: dict[int, int] = {}          # generation -> crossings into it since they were taken
+        self.crossings: dict[int, int] = {}          # VM -> crossings into it since they were taken
 
     def reset(self, slice_ns: int) -> None:
         """Begin anew: slices are of another length, or everything is different."""
@@ -205,10 +208,10 @@ class Online:
         self.__init__()
         self._slice_ns, self.crossings = slice_ns, crossings
 
-    def take_crossings(self) -> dict[int, int]:
-        """Crossings into each VM (by generation) since this was asked last."""
+    def take_crossings(self) -> dict[tuple[int, Mode], int]:
+        """Crossings into each VM (by generation and mode) since this was asked last."""
         taken, self.crossings = self.crossings, {}
-        return taken
+        return {(vm >> 1, MODES[vm & 1]): count for vm, count in taken.items()}
 
     @property
     def slice_ns(self) -> int:
@@ -224,7 +227,7 @@ class Online:
         block, seen, vms, crossed = track.block, track.seen, self._vms, self.crossings
         usual = self._slice_ns
         least, most = usual * (1 - NEARLY), usual * (1 + NEARLY)
-        for (start, end, planned_end, slot, generation, _previous, mode, run, soft, hard, before, after, _edge, breath,
+        for (start, end, planned_end, slot, vm, _previous, mode, run, soft, hard, before, after, _edge, breath,
              _decision, flags) in records:
             if start != track.end_ns:
                 track.last = 0               # slices are missing: who ran before is not known
@@ -241,8 +244,9 @@ class Online:
             if block is None:
                 block = track.block = _Block(start)
             index = track.index = track.index + 1
-            was, last = seen.get(generation, 0), track.last
-            seen[generation] = index
+            vm += vm + mode
+            was, last = seen.get(vm, 0), track.last
+            seen[vm] = index
             block.offered += 1
             block.run_ns[mode] += run
             if breath:
@@ -251,11 +255,11 @@ class Online:
                 crosses = mode != track.last_mode
                 if crosses:
                     block.crossings[mode] += 1
-                    crossed[generation] = crossed.get(generation, 0) + 1
+                    crossed[vm] = crossed.get(vm, 0) + 1
                 planned, gained = planned_end - start, after - before
                 if (was and not breath and gained > 0 and least <= planned <= most
                         and SHORTEST * planned <= run <= LONGEST * planned and (soft + hard) * OTHERS <= run):
-                    if last == generation:
+                    if last == vm:
                         code = 0
                     else:
                         far = index - was
@@ -264,12 +268,12 @@ class Online:
                             other = vms.get(last)
                             code += 8 if other is not None and other.half else 4
                     code += code + (was < track.breath_at)
-                    rows = block.raw.get(generation)
+                    rows = block.raw.get(vm)
                     if rows is None:
-                        rows = block.raw[generation] = []
-                        self._know(generation, mode, end)
+                        rows = block.raw[vm] = []
+                        self._know(vm, mode, end)
                     rows += (code, run, gained)
-            track.last, track.last_mode = generation, mode
+            track.last, track.last_mode = vm, mode
             if block.offered >= BLOCK_SLICES and (
                     block.offered >= BLOCK_MOST or block.offered >= SLICES_A_VM * len(seen)):
                 block.end_ns = end
@@ -278,10 +282,10 @@ class Online:
                 if len(seen) > BLOCK_SLICES:
                     seen.clear()             # of VMs that came and went
 
-    def _know(self, generation: int, mode: int, now: int) -> None:
-        vm = self._vms.get(generation)
+    def _know(self, number: int, mode: int, now: int) -> None:
+        vm = self._vms.get(number)
         if vm is None:
-            self._vms[generation] = _Vm(mode, self._halves[mode] & 1, now)
+            self._vms[number] = _Vm(mode, self._halves[mode] & 1, now)
             self._halves[mode] += 1
             if len(self._vms) > 4 * BLOCK_MOST:
                 del self._vms[next(iter(self._vms))]
@@ -317,8 +321,8 @@ class Online:
     def _fold(self, block: _Block, *, keep_raw: bool = False) -> None:
         """From slices to sums."""
         sums = _Sums(), _Sums()
-        for generation, raw in block.raw.items():
-            vm = self._vms.get(generation)
+        for number, raw in block.raw.items():
+            vm = self._vms.get(number)
             if vm is not None and len(raw) >= 3 * FEWEST_ROWS:
                 self._fold_vm(vm, raw, sums[vm.mode])
         block.sums = sums
@@ -383,8 +387,8 @@ class Online:
         """What the blocks of the last `KEEP_NS` tell by now."""
         while self._kept and self._kept[0].end_ns < now_ns - KEEP_NS:
             self._kept.popleft()
-        for generation in [g for g, vm in self._vms.items() if vm.seen_ns < now_ns - KEEP_NS]:
-            del self._vms[generation]
+        for number in [n for n, vm in self._vms.items() if vm.seen_ns < now_ns - KEEP_NS]:
+            del self._vms[number]
         blocks = list(self._kept)
         fits = [_Regression(blocks, mode) for mode in (0, 1)]
         cross = [fit.figure(_CROSS) for fit in fits]

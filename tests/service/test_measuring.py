@@ -80,8 +80,8 @@ class Lab:
             HOST, HostFacts.read().topology, running=lambda: {"s": ("software", True), "h": ("hardware", True)},
             scheduling=lambda: self.config, dispatch=lambda: "precise", ran=lambda: dict(self.ran),
             on_demand=lambda: self.on_demand, tell=self.told.append)
-        self.measuring.named(1, "s", "software")
-        self.measuring.named(2, "h", "hardware")
+        self.measuring.named(1, "s")
+        self.measuring.named(2, "h")
 
     def give(self, records, cpu):
         software, hardware = (sum(record.run_ns for record in records if record.mode == mode) for mode in (0, 1))

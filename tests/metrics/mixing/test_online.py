@@ -145,6 +145,17 @@ def test_a_guest_without_a_counter_is_not_seen():
     assert found.crossing_rate["hardware"] > 100
 
 
+def test_a_vm_that_changes_its_mode_is_another_one_from_then_on():
+    before, after = rows(record(1, random_blocks(24), cross_us=20.0)), rows(record(2, random_blocks(24), cross_us=20.0))
+    shift = before[-1].end_ns
+    # All change places: what was software is hardware, at the pace that it then has.
+    after = [one._replace(generation=(one.generation + 1) % 4 + 1, start_ns=one.start_ns + shift,
+                          end_ns=one.end_ns + shift, planned_end_ns=one.planned_end_ns + shift) for one in after]
+    found = estimated(before + after)
+    assert found.cost.includes(20e3, 0.999)
+    assert found.measured_vms == {"software": 4, "hardware": 4}
+
+
 def test_lost_records_cost_slices_and_no_truth():
     records = rows(record(1, random_blocks(30), cross_us=20.0))
     keep = np.random.default_rng(1).random(len(records)) > 0.05
@@ -170,10 +181,11 @@ def test_memory_is_bounded_whatever_comes_and_goes():
 def test_crossings_are_counted_for_each_vm_and_taken_once():
     records = rows(record(1, random_blocks(4)))
     estimator = fed(records)
-    expected: dict[int, int] = {}
+    expected: dict[tuple[int, str], int] = {}
     for before, after in pairwise(records):
         if before.mode != after.mode and after.start_ns == before.end_ns:
-            expected[after.generation] = expected.get(after.generation, 0) + 1
+            vm = after.generation, online.MODES[after.mode]
+            expected[vm] = expected.get(vm, 0) + 1
     assert estimator.take_crossings() == expected
     assert estimator.take_crossings() == {}
 
