@@ -66,7 +66,7 @@ class VcpuFigures:
     wait_ns: int                # runnable, but not running
     entitled_ns: int            # its entitlement integrated over the time it competed
     entitled_share: float       # now, in host CPUs
-    lag_ns: int                 # entitled - received, clamped to one slice
+    lag_ns: int                 # entitled - received, clamped (ledger.py)
     leak_ns: int
     capped_ns: int              # wanted the CPU, and its cap was used up
     emulator_ns: int            # of run_ns: in threads that are not the vCPU

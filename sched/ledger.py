@@ -18,6 +18,8 @@ from collections.abc import Callable
 from typing import Final
 
 from .accounts import VcpuFigures, fairness
+from .model import LATENCIES
+from .policy.fair import CLASSES
 from .shared import NOBODY
 from .table import Table, Vcpu
 
@@ -28,11 +30,15 @@ TICK_NS: Final = 5_000_000         # how old the kernel's figure for a running t
 
 
 class Ledger:
-    """slice_ns: what a lag is clamped to, in both directions."""
+    """slice_ns, batch_ns: a lag is clamped to what the policy lets it come to, in both directions: a slice, the credit
+    of its latency class, and where modes are batched twice what a mode may be owed (policy/batch.py). What is clamped
+    off is forgotten, so a narrower clamp would forgive what run queues allowed.
+    """
 
-    def __init__(self, table: Table, slice_ns: int) -> None:
+    def __init__(self, table: Table, slice_ns: int, batch_ns: int = 0) -> None:
         self._table = table
         self.slice_ns = slice_ns
+        self.batch_ns = batch_ns
         self._unspent_ns = 0.0           # received by VMs, and not yet accrued to anybody
         self._window: deque[dict[int, tuple[int, float]]] = deque(maxlen=WINDOW)
 
@@ -55,14 +61,17 @@ class Ledger:
             due.append((vcpu, vcpu.share * passed, received))
         due = _among_lenders(due)
         wanted = sum(entitled for _vcpu, entitled, _received in due)
-        limit = float(self.slice_ns)
+        slice_ns = float(self.slice_ns)
+        limits = {name: slice_ns * (1.0 + one.credit) + 2.0 * self.batch_ns
+                  for name, one in zip(LATENCIES, CLASSES, strict=True)}
         # Bills arrive slice by slice, time passes evenly: what one look has too much of, the
         # next one lacks, so some slices' worth is carried.
         granted = self._unspent_ns + sum(received for _vcpu, _entitled, received in due)
         scale = min(1.0, granted / wanted) if wanted else 0.0
-        self._unspent_ns = min(granted - wanted * scale, 4 * limit * cpus)
+        self._unspent_ns = min(granted - wanted * scale, 4 * slice_ns * cpus)
         for vcpu, entitled, received in due:
             vcpu.entitled_ns += entitled * scale
+            limit = limits[vcpu.latency]
             lag = vcpu.lag_ns + entitled * scale - received
             vcpu.lag_ns = max(-limit, min(limit, lag))
 

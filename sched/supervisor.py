@@ -101,7 +101,7 @@ class Scheduler:
             self._table, self._cpus, dispatch=dispatch, spawn=spawn, warn=self._warn)
         self._crew.leave_to_kernel(not self._policy.dispatches)
         self._baseline = Baseline(self._table, self._cpus, self._warn, self._unwarn)
-        self._ledger = Ledger(self._table, slice_ns)
+        self._ledger = Ledger(self._table, slice_ns, self._batching.most_ns if self._policy.batches else 0)
         self._planner = Planner(
             self._table, self._cpus, self._policy, migrate_resist_ns=migrate_resist_ns,
             siblings=siblings or {}, account=self._account,
@@ -317,6 +317,7 @@ class Scheduler:
             self._end_loan("the policy was changed")
             self._policy = POLICIES[policy]
             self._batching = batching or self._batching
+            self._ledger.batch_ns = self._batching.most_ns if self._policy.batches else 0
             self._order = order or self._order
             self._slice_ns = self._ledger.slice_ns = slice_ns or self._slice_ns
             self._ratelimit_ns = min(

@@ -55,6 +55,11 @@ class Batching:
     wait_max_ns: int = WAIT_MAX_NS
     budget_ns: int = 0
 
+    @property
+    def most_ns(self) -> int:
+        """The most that B can come to: as given or for the budget, and never above half of W."""
+        return min(max(self.batch_ns, self.budget_ns // 4), self.wait_max_ns // 2)
+
     @staticmethod
     def budget(loss_max: float, crossing_ns: int) -> int:
         """`budget_ns` of a loss of at most *loss_max* (a part, 0 = no such limit) at that cost."""

@@ -145,7 +145,7 @@ class Simulation:
         for slot, (index, vm, name) in enumerate(vms):
             self._admit(slot, index, vm, name)
         self._judge = Judge(demands, [thread.spans is None for thread in self.machine.threads], len(self._cpus))
-        self._ledger = Ledger(self._table, self._slice_ns)
+        self._ledger = Ledger(self._table, self._slice_ns, batching.most_ns if self._parts.batches else 0)
         self._planner = Planner(
             self._table, self._cpus, self._parts, migrate_resist_ns=scheduler.migrate_resist_us * 1000, siblings={},
             account=self._account, send_parcel=self._send_parcel, split=lambda _split: None,
