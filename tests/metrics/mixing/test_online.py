@@ -12,6 +12,7 @@ from scipy import stats
 from mixvisor.metrics.mixing import online
 from mixvisor.metrics.mixing.online import FIELDS, Online, student_t
 from mixvisor.metrics.mixing.order import estimate_order
+from mixvisor.sched.policy import Runqueue
 from mixvisor.sched.shared import RECORD_ENTRY_SHIFT, SliceRecord
 
 from .synthetic import random_blocks, record
@@ -198,3 +199,46 @@ def test_a_slice_has_the_fields_that_the_dispatcher_writes():
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
 def test_the_quantile_of_students_t_is_that_of_scipy(df, confidence):
     assert student_t(df, confidence) == pytest.approx(stats.t.ppf(0.5 + confidence / 2, df), rel=0.002)
+
+
+def by_policy(seed, cost_ns, slices=6_000):
+    """Slices in the order that the run queue makes of them: what was cut short comes first in the next round, breaths
+    come like clockwork, modes overrun by different amounts, and the host has moods.
+    """
+    rng = np.random.default_rng(seed)
+    queue = Runqueue(MS, 0, jitter_ns=MS // 2, seed=seed + 1)
+    for slot in range(4):
+        queue.add(slot, 0.25, mode=slot % 2)
+    rates, progress, stopped = (1400.0, 10_000.0, 1410.0, 10_100.0), [1] * 4, [False] * 4      # a us
+    now, mood, current, records = 0, 0.0, None, []
+    for at in range(slices):
+        before, current = current, queue.pick(current)
+        mode = current % 2
+        breath = MS if at % 20 >= 18 else 0
+        mood = 0.95 * mood + rng.normal(0, 0.01)
+        stolen = rng.exponential(300_000) if rng.random() < 0.02 else 0.0
+        run = max(200_000, int(MS + 8000 * mode + rng.exponential(10_000) - stolen))
+        lost = 40_000 * (1 + mode) if stopped[current] else 0
+        if before is not None and before != current:
+            lost += 30_000 + (cost_ns if before % 2 != mode else 0)
+        gained = int(rates[current] / 1000 * (1 + mood) * (1 + rng.normal(0, 0.015)) * (run - lost))
+        end = now + run + int(stolen)
+        records.append(SliceRecord(
+            start_ns=now, end_ns=end, planned_end_ns=now + MS, slot=current, generation=current + 1, previous_slot=0,
+            mode=mode, run_ns=run, others_software_ns=0, others_hardware_ns=0, progress_before=progress[current],
+            progress_after=progress[current] + gained, edge_late_ns=0, breath_ns=breath, decision_ns=0, flags=0))
+        progress[current] += gained
+        stopped = [slot != current for slot in range(4)] if breath else [
+            was and slot != current for slot, was in enumerate(stopped)]
+        queue.advance(end - now)
+        queue.charge(current, run)
+        now = end
+    return records
+
+
+@pytest.mark.parametrize("cost_us", [0, 20])
+def test_in_the_order_that_the_policy_makes_a_planted_cost_is_found_and_none_where_none_is(cost_us):
+    found = [estimated(by_policy(seed, 1000 * cost_us)) for seed in range(6)]
+    assert enough(sum(one.cost.includes(1e3 * cost_us) for one in found), 6)
+    assert abs(np.mean([one.cost.value for one in found]) - 1e3 * cost_us) < 1500
+    assert all(one.slices > 0.8 * one.offered for one in found)
