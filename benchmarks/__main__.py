@@ -6,7 +6,7 @@ import sys
 from .common import machine
 
 NAMES = ("policy", "scan", "watch", "compute", "timer", "dispatch", "start", "work", "online", "scrape", "mixing",
-         "hundred")
+         "moves", "saves", "hundred")
 
 print(machine())
 failed = [name for name in NAMES

@@ -79,6 +79,7 @@ BOOT_SECTOR: Final = 0x7C00
 SERIAL_CHUNK_BYTES: Final = 48 * 1024
 TRACE_CHUNK: Final = 4096
 CALLS_LIMIT: Final = 2048                         # a hostile guest makes 65536 kinds of call; a packet is bounded
+CLOSE_NS: Final = 100_000_000                     # an engine that was left is closed then, at the latest
 ALARM_MIN_S: Final = 50e-6                        # a guest may ask for a tick each microsecond; nobody gets it
 INTERRUPT_FLAG: Final = 0x200
 BIOS_MEMORY_BYTES: Final = 1 << 20
@@ -121,6 +122,8 @@ class Worker:
         self._halted = False                      # behind a HLT that nothing has ended yet
         self._alarm_ns: int | None = None         # when the machine wants to be polled
         self._running = False                     # the alarm is armed while the guest runs
+        self._former: Cpu | None = None           # the engine before this one, and when it is closed at the latest
+        self._close_at_ns: int | None = None      # (of the host's clock)
         self._screen_version = 0
         self.processors: Processors | None = None
         self._lock: AbstractContextManager[Any] = contextlib.nullcontext()     # of the machine, where others use it
@@ -275,6 +278,7 @@ class Worker:
     def _mode(self, request: dict[str, Any]) -> dict[str, Any]:
         """Go on in another engine. Until the new one has all of the state, nothing of the old one is touched."""
         begun = time.perf_counter_ns()
+        self._close_former()
         engine = str(request["engine"])
         if engine not in engines.ENGINES:
             raise ValueError(f"no engine {engine!r}")
@@ -298,8 +302,14 @@ class Worker:
         self.machine.attach(new)
         self.eyes.attach(new)
         new.kick()                                # one that came meanwhile may have met the old engine
-        old.close()
+        self._former, self._close_at_ns = old, time.monotonic_ns() + CLOSE_NS
         return {"engine": engine, "changed": True, "stop_ns": time.perf_counter_ns() - begun}
+
+    def _close_former(self) -> None:
+        """Close the engine that was left, which takes KVM some milliseconds: when the guest sleeps, or soon."""
+        former, self._former, self._close_at_ns = self._former, None, None
+        if former is not None:
+            former.close()
 
     def _state(self, _request: dict[str, Any]) -> dict[str, Any]:
         """The vCPU and the devices into a file. Memory is the supervisor's to copy: nobody writes to it now."""
@@ -390,6 +400,8 @@ class Worker:
                     return self._after(Exit(ExitReason.KICKED))
                 continue
             status.set("phase", Phase.RUNNING)
+            if self._close_at_ns is not None and time.monotonic_ns() >= self._close_at_ns:
+                self._close_former()
             self._arm(on=True)
             if status.get("started_ns") == 0:
                 status.set("started_ns", self._clock.monotonic_ns())
@@ -472,6 +484,7 @@ class Worker:
         The clock is the machine's, so tests decide how long.
         """
         self._arm(on=False)
+        self._close_former()
         self._status.set("phase", phase)
         begun = self._clock.monotonic_ns()
         if phase is Phase.SLEEPING and self._alarm_ns is not None:
@@ -496,21 +509,24 @@ class Worker:
         if on:
             # Set anew each time: it may have gone off early by a guest's clock that is not the host's.
             self._running = True
-            if self._alarm_ns is not None:
+            if self._alarm_ns is not None or self._close_at_ns is not None:
                 self._set_timer()
         elif self._running:
             self._running = False
             signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def _set_timer(self) -> None:
-        seconds = 0.0
+        waits_ns: list[int] = []
         if self._alarm_ns is not None:
-            seconds = max(ALARM_MIN_S, (self._alarm_ns - self._clock.monotonic_ns()) / 1e9)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+            waits_ns.append(self._alarm_ns - self._clock.monotonic_ns())
+        if self._close_at_ns is not None:
+            waits_ns.append(self._close_at_ns - time.monotonic_ns())
+        signal.setitimer(signal.ITIMER_REAL, max(ALARM_MIN_S, min(waits_ns) / 1e9) if waits_ns else 0.0)
 
     def close(self) -> None:
         self._arm(on=False)
         self.eyes.close()
+        self._close_former()
         for cpu in reversed([self.cpu, *self._others]):
             cpu.close()
 
