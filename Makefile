@@ -4,11 +4,12 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint bench dashboards docs clean
+.PHONY: help demo test lab lint bench dashboards docs clean
 
 help:
 	@echo "make demo   set up and watch software and hardware VMs share one CPU (ARGS='--seconds 20')"
 	@echo "make test   set up and run every test"
+	@echo "make lab    boot hosts with VT-x, AMD-V and neither, and prove the program inside them (ARGS='vt-x')"
 	@echo "make lint   ruff, pyright, import-linter"
 	@echo "make bench  every benchmark, about twenty minutes on a quiet machine"
 	@echo "make docs   write the generated pages, tables and the dashboard anew"
@@ -27,6 +28,10 @@ demo: $(VENV)/.ready-run
 
 test: $(VENV)/.ready-dev
 	$(BIN)/pytest $(ARGS)
+
+# A minute or more for each host with VT-x (Bochs); those with AMD-V and without are in `make test`, too.
+lab: $(VENV)/.ready-dev
+	@$(BIN)/python -m tests.lab $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

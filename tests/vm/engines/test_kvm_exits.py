@@ -71,6 +71,16 @@ ENDS = [
         "S390_SIEIC", "S390_RESET", "DCR", "OSI", "PAPR_HCALL", "S390_UCONTROL", "WATCHDOG", "S390_TSCH", "EPR",
         "S390_STSI", "ARM_NISV", "RISCV_SBI", "RISCV_CSR", "LOONGARCH_IOCSR")),
 ]
+@pytest.mark.parametrize(("place", "outside", "told"), [
+    ("f000:fff0", True, True), ("f000:fff0", False, False), ("0x10000", True, False)])
+def test_a_triple_fault_whose_state_amd_v_has_lost_says_so(place, outside, told):
+    scene = exits.Scene("outside memory", "real mode", place, outside, "AMD-V", "")
+    left = exits.EXITS[ExitCode.SHUTDOWN].judge(page(ExitCode.SHUTDOWN), lambda _code: scene)
+    assert left is not None
+    assert left.reason is ExitReason.TRIPLE_FAULT
+    assert ("after its reset" in left.detail) is told
+
+
 INTERNAL = [
     (2, 0, b"", "internal error 2, simul ex"),
     (3, 3, struct.pack("<3Q", 0x8000_030E, 48, 0x184), "delivery ev, data 0x8000030e, 0x30, 0x184"),

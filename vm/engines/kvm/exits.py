@@ -58,6 +58,7 @@ _WORD, _QUAD = struct.Struct("<I"), struct.Struct("<Q")
 _BYTES_GIVEN: Final = 1                 # KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
 _CONTEXT_INVALID: Final = 1             # KVM_NOTIFY_CONTEXT_INVALID
 _LONGEST: Final = 15
+_RESET: Final = "f000:fff0"             # where a processor stands after a reset, its segment's base 0xFFFF0000
 _EHWPOISON: Final = 133
 
 # VT-x: bit 31 says that the entry failed, the rest why; without it the number of an error of VMLAUNCH.
@@ -102,7 +103,11 @@ def _shutdown(_page: Page, scene_of: SceneOf) -> Exit | None:
     scene = scene_of(b"")
     if scene.pages_32:
         return _limit(f"this host's KVM cannot do 32-bit paging, which `{scene.instruction}` switches on,", scene)
-    return Exit(ExitReason.TRIPLE_FAULT, "the guest faulted while its fault handlers failed")
+    words = "the guest faulted while its fault handlers failed"
+    if scene.outside and scene.place == _RESET:
+        # AMD-V leaves the guest's state undefined, so KVM resets the vCPU before it tells.
+        words += " (AMD-V gives no state of that moment: what is shown is the processor after its reset)"
+    return Exit(ExitReason.TRIPLE_FAULT, words)
 
 
 def _unknown(page: Page, scene_of: SceneOf) -> Exit | None:
