@@ -52,11 +52,11 @@ _AMD_V: Final = {**_USABLE, "technology": "amd-v", "virtualization.unrestricted_
 _VT_X: Final = {**_USABLE, "technology": "vt-x", "virtualization.firmware.state": "allows"}
 
 HOSTS: Final[Mapping[str, Host]] = {host.name: host for host in (
-    Host("amd-v", "AMD-V with nested paging", "qemu", "EPYC", "amd-v", 300,
+    Host("amd-v", "AMD-V with nested paging", "qemu", "EPYC", "amd-v", 600,
          {**_AMD_V, "virtualization.extended_paging": True, "virtualization.nested": True}, quick=True),
-    Host("amd-v-shadow", "AMD-V without nested paging", "qemu", "EPYC,-npt", "amd-v", 300,
+    Host("amd-v-shadow", "AMD-V without nested paging", "qemu", "EPYC,-npt", "amd-v", 600,
          {**_AMD_V, "virtualization.extended_paging": False}),
-    Host("none", "no hardware virtualization", "qemu", "qemu64,-svm", "none", 300,
+    Host("none", "no hardware virtualization", "qemu", "qemu64,-svm", "none", 600,
          {"technology": "none", "kvm.state": "missing", "virtualization.extended_paging": None,
           "virtualization.unrestricted_guest": None, "virtualization.mitigations": []}, quick=True),
     Host("vt-x", "VT-x with EPT and unrestricted guest", "bochs", "corei7_haswell_4770", "vt-x", 1500,

@@ -181,6 +181,7 @@ def test_a_stop_and_a_kick_at_once_are_both_reported(machine):
     assert [machine.cpu.run().reason for _ in range(2)] == [ExitReason.STOPPED, ExitReason.KICKED]
 
 
+@pytest.mark.spins
 def test_spinning_with_interrupts_off_is_kicked_by_a_signal(machine):
     machine.load("fa ebfe")
     signal.setitimer(signal.ITIMER_REAL, 0.01)
@@ -189,6 +190,7 @@ def test_spinning_with_interrupts_off_is_kicked_by_a_signal(machine):
     assert machine.cpu.get_gpr()[RIP] == 0x7C01
 
 
+@pytest.mark.spins
 def test_spinning_is_kicked_by_a_signal_to_the_process(machine):
     machine.load("fa ebfe")
     helper = threading.Timer(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
@@ -197,6 +199,7 @@ def test_spinning_is_kicked_by_a_signal_to_the_process(machine):
     helper.join()
 
 
+@pytest.mark.spins
 def test_every_one_of_many_kicks_is_answered_and_none_tears_an_instruction(machine):
     # l: inc ax; inc word [0x500]; jmp l
     machine.load("40 ff060005 ebf9")
@@ -236,6 +239,7 @@ def ring_3(machine, entry: int) -> CpuState:
     return state
 
 
+@pytest.mark.spins
 def test_progress_is_never_counted_twice_over_many_stops(real_machine):
     # l: imul rax, r10; add rax, r11; inc qword [rdi]; jmp l
     machine = real_machine

@@ -405,6 +405,7 @@ def test_a_guest_sees_the_same_processor_on_every_engine(real_machine):
 
 
 @pytest.mark.kvm
+@pytest.mark.spins
 @pytest.mark.skipif(KVM_MISSING is not None, reason=str(KVM_MISSING))
 def test_a_hundred_moves_of_a_counting_guest_lose_and_double_nothing(make):
     # l: inc rax; inc qword [rdi]; add rbx, 3; jmp l
