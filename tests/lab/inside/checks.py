@@ -253,12 +253,13 @@ def warnings(host: Host, _line: Line) -> str:
 SUITE: Final = "tests/vm/engines"
 # Random code by the hundred is for real processors: here it would take minutes.
 HARDWARE: Final = {
-    "qemu": (SUITE, "-m", "kvm", "-k", "not hostile"),
+    "qemu": (SUITE, "-m", "kvm", "-k", "not hostile and not random_boot"),
     # Bochs enters a guest whose interrupts are off with the host's interrupts masked: one that computes so
     # without ever leaving by itself is never left again. With several vCPUs there is always one that does.
-    "bochs": (SUITE, "-m", "kvm and not spins", "-k", "not hostile and not test_smp"),
+    "bochs": (SUITE, "-m", "kvm and not spins", "-k", "not hostile and not random_boot and not test_smp"),
 }
-WITHOUT_KVM: Final = (f"{SUITE}/test_contract.py", f"{SUITE}/test_kvm_api.py", "-k", "not fake and not hostile")
+WITHOUT_KVM: Final = (f"{SUITE}/test_contract.py", f"{SUITE}/test_kvm_api.py",
+                      "-k", "not fake and not hostile and not random_boot")
 
 
 def contract(host: Host, line: Line) -> str:
