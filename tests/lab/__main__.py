@@ -64,6 +64,8 @@ def boot(
 
 
 def _ended(number: int, _frame: object) -> NoReturn:
+    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)   # once is enough: the ending is not to be cut short
     sys.exit(128 + number)                     # through every `finally`
 
 
