@@ -86,6 +86,8 @@ class Delivery:
         self._flags = flags
         self._set_flags = set_flags
         self._words = words
+        self._mode_key: tuple[int, ...] = ()
+        self._mode_made = PagingMode(paging=False, pae=False, long=False, large=False, protect=False, root=0)
         self._mode = self._paging()
         self._walked: dict[tuple[int, bool, bool], int] = {}       # page walks of this delivery
 
@@ -131,10 +133,13 @@ class Delivery:
 
     def _paging(self) -> PagingMode:
         registers = self._registers
-        cr0, cr4 = registers.control(0), registers.control(4)
-        return PagingMode(
-            paging=bool(cr0 & PAGING), pae=bool(cr4 & 1 << 5), long=bool(registers.efer() & LMA),
-            large=bool(cr4 & 1 << 4), protect=bool(cr0 & 1 << 16), root=registers.control(3))
+        key = registers.control(0), registers.control(3), registers.control(4), registers.efer()
+        if key != self._mode_key:
+            cr0, root, cr4, efer = key
+            self._mode_key, self._mode_made = key, PagingMode(
+                paging=bool(cr0 & PAGING), pae=bool(cr4 & 1 << 5), long=bool(efer & LMA),
+                large=bool(cr4 & 1 << 4), protect=bool(cr0 & 1 << 16), root=root)
+        return self._mode_made
 
     def _pieces(self, linear: int, length: int, *, write: bool,
                 user: bool) -> list[tuple[int, int]]:
