@@ -37,6 +37,9 @@ def options(description: str, **defaults: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the raw figures here")
     for name, default in defaults.items():
+        if default is False:
+            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+            continue
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
                             help=f"default {default}")
     return parser.parse_args()

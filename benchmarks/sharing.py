@@ -6,9 +6,9 @@
 2. modes: changes of mode a second under `fair` and `batch`, two VMs of each mode, and the longest that a mode waited.
 3. wake: a process that sleeps 20 ms on average and then computes for half a millisecond, among ten that only
    compute: from the time that it asked to be woken for until it runs, by latency class under `fair` and
-   under `kernel`, with what an idle host CPU would have taken for it subtracted from nothing: it is in all of them.
+   under `kernel`. What a wake-up costs on an idle host CPU is in all of them.
 
-`--quick 1`: about a minute, figures to see that it works. `--cpus` is what VMs may use; leave one to the rest.
+`--quick`: about a minute, figures to see that it works. `--cpus` is what VMs may use; leave one to the rest.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ async def everything(cpus: str, cpu: int, quick: bool, part: str) -> dict[str, A
 
 
 def main() -> None:
-    chosen = options(__doc__ or "", quick=0, cpus="1", cpu=1, part="all")
-    figures = trio.run(everything, chosen.cpus, chosen.cpu, bool(chosen.quick), chosen.part)
+    chosen = options(__doc__ or "", quick=False, cpus="1", cpu=1, part="all")
+    figures = trio.run(everything, chosen.cpus, chosen.cpu, chosen.quick, chosen.part)
     report("sharing", figures, chosen.json)
 
 
