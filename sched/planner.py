@@ -260,7 +260,8 @@ class Planner:
 
     @property
     def steals(self) -> bool:
-        return len(self._cpus) > 1 and self._policy.dispatches
+        """Whether idle host CPUs are looked for: with no more vCPUs than host CPUs each has one to itself."""
+        return 1 < len(self._cpus) < len(self._table) and self._policy.dispatches
 
     async def steal(self) -> int:
         """Let host CPUs that have nothing to run take one vCPU each from those that have most waiting; returns how
