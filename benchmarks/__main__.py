@@ -5,7 +5,7 @@ import sys
 
 from .common import machine
 
-NAMES = ("policy", "scan", "watch", "compute", "timer", "dispatch", "start", "work", "online", "scrape", "mixing",
+NAMES = ("policy", "scan", "watch", "compute", "timer", "dispatch", "sharing", "start", "work", "online", "scrape", "mixing",
          "moves", "saves", "hundred")
 
 print(machine())
