@@ -143,6 +143,9 @@ def measure(ctx: click.Context, vms: str | None, source: Path | None, output: st
     folder = wish.out.absolute().parent if wish.out else Path.cwd()
     if (source is None or wish.out) and not os.access(folder, os.W_OK | os.X_OK):
         raise click.BadParameter(f"nothing can be written in {folder}", param_hint="--out")
+    # SciPy takes a second to load, on a busy host several: not while anything is borrowed.
+    from ..metrics.mixing import report, session
+    del report, session
     if source is not None:
         _tell(_read(source), wish, output, data=source)
         return

@@ -30,7 +30,7 @@ __all__ = ["COLUMNS", "Loans"]
 
 log = structlog.get_logger("mixvisor")
 
-PATIENCE_SECONDS: Final = 3.0
+PATIENCE_SECONDS: Final = 10.0
 VMS_MAX: Final = 16
 ENTRIES_MAX: Final = 4096            # of the script, in one request
 NOTE: Final = "measuring"
