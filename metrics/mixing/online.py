@@ -4,13 +4,15 @@ Theory.  Where VMs of both modes take turns on a host CPU, the run queue leaves 
 what fairness leaves open (sched/policy/fair.py), so the mode of a slice's predecessor is a coin that nothing else has
 touched. For a slice of one VM the *deficit* is how much longer it ran than its progress was worth,
 
-    run - progress / rate = level + switch + cross [predecessor of the other mode] + refill(reuse distance) + resumed
+    run - progress / rate = level + switch + cross [predecessor of the other mode] + refill(reuse distance)
 
 with a level of its own for each VM in each block of slices (so drift costs nothing), and dummies for what else differs
-between slices: whether the VM went on, how many slices ago it had run (caches forget), whether it was stopped in a
-breath since. The VMs of a mode are pooled, each weighted by the precision of its slices. `cross` of hardware victims is
-(h|s - h|h), of software victims (s|h - s|s), read "current | previous"; the *cost of a crossing* is their mean, for the
-work of leaving a VM is charged to its successor and the two alone can shift against each other.
+between slices: whether the VM went on, how many slices ago it had run (caches forget). The first slice of a VM after a
+breath is left out, as in slices.py: it pays for having been stopped, and how much depends on who ran before (on the
+development machine a hardware VM lost 49 us more after a software VM there, and 3 us everywhere else). The VMs of a
+mode are pooled, each weighted by the precision of its slices. `cross` of hardware victims is (h|s - h|h), of software
+victims (s|h - s|s), read "current | previous"; the *cost of a crossing* is their mean, for the work of leaving a VM is
+charged to its successor and the two alone can shift against each other.
 
 It is the estimator of order.py made incremental: a block is folded into sums as soon as it is full (deviations clipped
 at `CLIP` scales around the fit of the moment: Huber's pseudo-values), the sums of the last `KEEP` blocks are kept, and
@@ -26,7 +28,7 @@ us, and none of them on a host CPU of the VMs (service/measuring.py). Pure: time
 
 Units: ns of CPU time inside, us in a MixingResult. Where it is poor: guests that keep no progress counter are not
 seen; a guest whose speed changes by more than a few percent from slice to slice needs hours; slices that others cut
-into (gentle dispatch) are left out.
+into (gentle dispatch) are left out; with so many VMs on a CPU that each runs once between two breaths, all are.
 """
 
 from __future__ import annotations
@@ -72,14 +74,13 @@ LEAST_VARIANCE: Final = 0.0004     # of a column beyond what the columns before 
 _MAD: Final = 1.4826
 
 # Columns, in the order in which they explain: what is left for a later one is its own.
-_SWITCH, _NEAR, _FAR, _FARTHEST, _RESUMED, _CROSS, _NULL = range(7)
-_WIDTH: Final = 7
+_SWITCH, _NEAR, _FAR, _FARTHEST, _CROSS, _NULL = range(6)
+_WIDTH: Final = 6
 _PAIRS: Final = tuple((i, j) for i in range(_WIDTH) for j in range(i, _WIDTH))
 
 
 def _columns_of(code: int) -> tuple[float, ...]:
     x = [0.0] * _WIDTH
-    code, x[_RESUMED] = divmod(code, 2)
     if code:
         kind, far = divmod(code - 1, 4)          # kind: 0 of the same mode, 1 and 2 the halves of the other
         x[_SWITCH] = 1.0
@@ -91,8 +92,8 @@ def _columns_of(code: int) -> tuple[float, ...]:
     return tuple(x)
 
 
-# What a slice can be: went on, or switched to after (kind) at (distance); resumed or not.
-_CODES: Final = 2 * 13
+# What a slice can be: went on, or switched to after (kind) at (distance).
+_CODES: Final = 13
 _X: Final = tuple(_columns_of(code) for code in range(_CODES))
 _XX: Final = tuple(tuple((at, x[i] * x[j]) for at, (i, j) in enumerate(_PAIRS) if x[i] * x[j]) for x in _X)
 
@@ -257,7 +258,7 @@ class Online:
                     block.crossings[mode] += 1
                     crossed[vm] = crossed.get(vm, 0) + 1
                 planned, gained = planned_end - start, after - before
-                if (was and not breath and gained > 0 and least <= planned <= most
+                if (was and was >= track.breath_at and not breath and gained > 0 and least <= planned <= most
                         and SHORTEST * planned <= run <= LONGEST * planned and (soft + hard) * OTHERS <= run):
                     if last == vm:
                         code = 0
@@ -267,7 +268,6 @@ class Online:
                         if crosses:
                             other = vms.get(last)
                             code += 8 if other is not None and other.half else 4
-                    code += code + (was < track.breath_at)
                     rows = block.raw.get(vm)
                     if rows is None:
                         rows = block.raw[vm] = []
@@ -459,9 +459,9 @@ class _Regression:
             return None
         if self._scores is None:
             self._scores = [None if one is None else self._score(one) for one in self._sums]
-        a, b, c, d, e, f, g = (value / self._slope for value in self._inverse[column])
+        a, b, c, d, e, f = (value / self._slope for value in self._inverse[column])
         return [0.0 if score is None else a * score[0] + b * score[1] + c * score[2] + d * score[3] + e * score[4]
-                + f * score[5] + g * score[6] for score in self._scores]
+                + f * score[5] for score in self._scores]
 
     def _score(self, one: _Sums) -> list[float]:
         """What a block's slices want the coefficients to be moved by."""

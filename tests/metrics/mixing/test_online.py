@@ -220,6 +220,8 @@ def by_policy(seed, cost_ns, slices=6_000):
         run = max(200_000, int(MS + 8000 * mode + rng.exponential(10_000) - stolen))
         lost = 40_000 * (1 + mode) if stopped[current] else 0
         if before is not None and before != current:
+            # Stopped in a breath, it pays by who ran before: no cost of a crossing.
+            lost += 50_000 if stopped[current] and before % 2 != mode else 0
             lost += 30_000 + (cost_ns if before % 2 != mode else 0)
         gained = int(rates[current] / 1000 * (1 + mood) * (1 + rng.normal(0, 0.015)) * (run - lost))
         end = now + run + int(stolen)
@@ -241,4 +243,4 @@ def test_in_the_order_that_the_policy_makes_a_planted_cost_is_found_and_none_whe
     found = [estimated(by_policy(seed, 1000 * cost_us)) for seed in range(6)]
     assert enough(sum(one.cost.includes(1e3 * cost_us) for one in found), 6)
     assert abs(np.mean([one.cost.value for one in found]) - 1e3 * cost_us) < 1500
-    assert all(one.slices > 0.8 * one.offered for one in found)
+    assert all(one.slices > 0.5 * one.offered for one in found)
