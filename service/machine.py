@@ -129,6 +129,7 @@ class _Life:
 
     def __init__(self, saved: SavedFile | None = None) -> None:
         self.saved = saved
+        self.from_file = saved is not None
         self.stop = trio.Event()               # its end is wanted, and no restart
         self.kill = trio.Event()               # the same, at once
         self.settled = trio.Event()            # the guest has run, or never will
@@ -401,6 +402,9 @@ class Machine:
             while True:
                 began = trio.current_time()
                 await self._one_life(life)
+                if life.from_file and self.phase is Phase.FAILED:
+                    return                     # who wanted that guest back does not want a fresh one instead
+                life.from_file = False
                 again = decide_restart(
                     self.config.restart, self.phase, asked=life.stop.is_set(), attempts=attempts,
                     ran_s=trio.current_time() - began)

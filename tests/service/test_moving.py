@@ -186,7 +186,7 @@ async def test_a_file_of_another_memory_size_or_guest_is_refused_with_the_reason
     file = tmp_path / "one.mixvisor"
     others = [{**ALU, "name": "large", "memory": "8M", "autostart": False},
               {"name": "other", "mode": "software", "boot": {"guest": "portio"}, "autostart": False}]
-    async with running(tmp_path, [ALU, *others]) as service:
+    async with running(tmp_path, [{**ALU, "restart": "on-failure"}, *others]) as service:
         await service.save("one", file, leave_running=False)
         with pytest.raises(ServiceError, match="memory of 4194304 bytes, and large has 8388608"):
             await service.restore(file, "large")
@@ -198,6 +198,9 @@ async def test_a_file_of_another_memory_size_or_guest_is_refused_with_the_reason
         file.write_bytes(data)
         with pytest.raises(ServiceError, match="damaged"):
             await service.restore(file, None)
+        # Not in place of it: a fresh start.
+        assert not service.machine("one").unfinished
+        assert "starts again" not in vm(service, "one").state_reason
         await service.act("one", "start")      # and it can be started all the same
         await counts_on(service)
 
