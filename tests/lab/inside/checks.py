@@ -258,11 +258,12 @@ FOR_REAL: Final = "not hostile and not random_boot"
 # return to ring 3 in the conformance programs.
 NOT_UNDER_TCG: Final = ("not after_a_move and not x87_stack and not rounding_as and not sees_the_same_processor"
                         " and not test_conformance")
+NOT_UNDER_BOCHS: Final = "not test_smp and not test_conformance and not sees_the_same_processor"
 HARDWARE: Final = {
     "qemu": (SUITE, "-m", "kvm", "-k", f"{FOR_REAL} and {NOT_UNDER_TCG}"),
     # Bochs enters a guest whose interrupts are off with the host's interrupts masked: one that computes so
     # without ever leaving by itself is never left again. With several vCPUs there is always one that does.
-    "bochs": (SUITE, "-m", "kvm and not spins", "-k", f"{FOR_REAL} and not test_smp and not test_conformance"),
+    "bochs": (SUITE, "-m", "kvm and not spins", "-k", f"{FOR_REAL} and {NOT_UNDER_BOCHS}"),
 }
 WITHOUT_KVM: Final = (f"{SUITE}/test_contract.py", f"{SUITE}/test_kvm_api.py",
                       "-k", f"not fake and {FOR_REAL}")
