@@ -252,7 +252,7 @@ def warnings(host: Host, _line: Line) -> str:
 
 SUITE: Final = "tests/vm/engines"
 # Random code by the hundred is for real processors: here it would take minutes.
-FOR_REAL: Final = "not hostile and not random_boot"
+FOR_REAL: Final = "not hostile and not random_boot and not random_code"
 # Ring 3 writes to ports there (see MIXED), or a state with an interrupt shadow is entered, which TCG drops. That leaf
 # 1 of CPUID is told otherwise by this KVM than it was given is not yet explained. QEMU itself aborts at a far
 # return to ring 3 in the conformance programs.
