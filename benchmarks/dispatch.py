@@ -29,14 +29,14 @@ from typing import Any
 
 import trio
 
-from mixvisor.sched import dispatcher, guard, linux, selftest
+from mixvisor.sched import dispatching, guard, linux, selftest
 from mixvisor.sched.shared import RingReader, SliceRecord
 from mixvisor.sched.supervisor import Scheduler, VcpuThread
 
 from .common import busy_service, median, options, quantile, report, table
 
 WEIGHTS = (1, 2, 4, 8)
-ENTRIES = {"dispatcher": dispatcher.main, "guard": guard.main, "spinner": selftest.spin}
+ENTRIES = {"dispatcher": dispatching.main, "guard": guard.main, "spinner": selftest.spin}
 # The kernel freezes real-time threads after 0.95 s of a second: the bare loop does not breathe.
 BARE_S = 0.7
 

@@ -44,7 +44,7 @@ PACKET: Final = 64 * 1024
 # kind -> (module, function); each function is `(arguments, fds) -> exit code`.
 KINDS: Final = {
     "worker": ("mixvisor.vm.worker.process", "spawned"),
-    "dispatcher": ("mixvisor.sched.dispatcher", "main"),
+    "dispatcher": ("mixvisor.sched.dispatching", "main"),
     "guard": ("mixvisor.sched.guard", "main"),
     "spinner": ("mixvisor.sched.selftest", "spin"),
 }

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import trio
 
-from mixvisor.sched import dispatcher, guard, linux, selftest
+from mixvisor.sched import dispatching, guard, linux, selftest
 from mixvisor.vm.worker.status import STATUS_SIZE, Phase, StatusPage
 
 CPU = 1                     # the only one that real-time tests may use
 LIFETIME_S = 12             # of any process a test starts, whatever becomes of the test
 
 ENTRIES: dict[str, Callable[[dict[str, Any], list[int]], int]] = {
-    "dispatcher": dispatcher.main, "guard": guard.main, "spinner": selftest.spin}
+    "dispatcher": dispatching.main, "guard": guard.main, "spinner": selftest.spin}
 
 
 class LocalProcess:

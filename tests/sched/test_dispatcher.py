@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixvisor.sched.dispatcher import READY, Dispatcher, Parcel, Settings, _SocketInbox
+from mixvisor.sched.dispatcher import READY, Dispatcher, Parcel, Settings
+from mixvisor.sched.dispatching import SocketInbox
 from mixvisor.sched.linux import KINDS, Level, states_of
 from mixvisor.sched.model import Slot
 from mixvisor.sched.shared import (
@@ -588,7 +589,7 @@ def test_a_parcel_may_bring_a_counter_to_read_instead_of_a_word_in_memory():
     with ours, theirs:
         socket.send_fds(theirs, [json.dumps(message).encode()], [read])
         os.close(read)
-        [(slot, parcel)] = _SocketInbox(ours).drain()
+        [(slot, parcel)] = SocketInbox(ours).drain()
     os.close(write)
     assert (slot, parcel.generation, parcel.status) == (3, 9, None)
     assert parcel.progress[0] == 7
