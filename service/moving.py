@@ -1,6 +1,6 @@
 """What the service does so that a running guest goes on elsewhere: in the other mode, or in a file.
 
-The worker changes its engine, and writes the state of vCPU and devices, by itself (vm/worker/process.py); here is what
+The worker changes its engine, and writes the state of vCPU and devices, by itself (vm/worker/moves.py); here is what
 it may not do: open /dev/kvm, which it is handed for a change to hardware mode and keeps only as the one VM made of it,
 and write the file (savefile.py).  Which VM may go where when is the machine's (machine.py).
 """
@@ -18,10 +18,11 @@ import trio
 
 from ..vm.engines.cpuid import vendor
 from ..vm.modes import ENGINE_OF, Mode, ModeDecision, why_not_moved
+from ..vm.worker.protocol import STATE_MAX_BYTES
 from .backend import Conflict, ServiceError
 from .incarnation import Incarnation, shape
 from .link import WorkerLink, harmless
-from .savefile import STATE_MAX_BYTES, Header, identify, write
+from .savefile import Header, identify, write
 
 __all__ = ["KVM_DEVICE", "MODE_SECONDS", "Moves", "ask_for_mode", "check_move", "write_saved"]
 

@@ -6,7 +6,7 @@ Layout, version 1 (little-endian):
 |---|---|
 | prefix | magic `MIXVSAVE`, u32 version, u32 length of the header |
 | header | JSON: `Header` |
-| state | JSON of the worker: vCPU and devices (vm/worker/process.py), `state_bytes` long |
+| state | JSON of the worker: vCPU and devices (vm/worker/moves.py), `state_bytes` long |
 | memory | runs: u64 address, u64 length (whole pages), the bytes; the rest is zero; then the memory's size and 0 |
 | digest | BLAKE2b, 32 bytes, of everything before |
 
@@ -40,10 +40,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..vm.engines import cpuid
+from ..vm.worker.protocol import STATE_MAX_BYTES
 from .backend import ServiceError
 
 __all__ = [
-    "STATE_MAX_BYTES", "SUFFIX", "VERSION", "FileIdentity", "Header", "SavedError", "SavedFile", "differs", "identify",
+    "SUFFIX", "VERSION", "FileIdentity", "Header", "SavedError", "SavedFile", "differs", "identify",
     "write",
 ]
 
@@ -53,7 +54,6 @@ VERSION: Final = 1
 PAGE: Final = 4096
 CHUNK: Final = 1 << 20
 HEADER_MAX_BYTES: Final = 64 << 10
-STATE_MAX_BYTES: Final = 1 << 20
 DIGEST_BYTES: Final = 64 << 20
 _PREFIX: Final = struct.Struct("<8sII")
 _RUN: Final = struct.Struct("<QQ")

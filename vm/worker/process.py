@@ -12,9 +12,8 @@ interrupts is left alone.
 
 A guest in HLT sleeps until an interrupt asks; one that waits in a BIOS call takes interrupts, too.
 
-Another engine may take over at any such moment (`_mode`): it gets the vCPU's whole state over the same memory and under
-the same machine, and the guest goes on where it was.  A saved VM is built like any other but over a memory that is
-filled already; its state is read behind the sandbox, because a file is as hostile as a guest.
+Another engine may take over at any such moment (moves.py).  A saved VM is built like any other (boot.py), but over a
+memory that is filled already; its state is read behind the sandbox, because a file is as hostile as a guest.
 
 Invariants.
 - The phase word of the status page says what the thread does; SLEEPING and PAUSED mean that
@@ -29,7 +28,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import mmap
 import os
 import signal
@@ -41,27 +39,14 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Final
 
-from .. import engines, guests
+from .. import engines
 from ..code import decode
-from ..engines import entry, kick, portable
-from ..engines.base import (
-    RAX,
-    RDX,
-    RFLAGS,
-    RIP,
-    RSP,
-    Cpu,
-    CpuState,
-    EngineError,
-    Exit,
-    ExitKind,
-    ExitReason,
-    HostLimit,
-)
-from . import mptable, multiboot, sandbox
+from ..engines import kick
+from ..engines.base import RFLAGS, Cpu, CpuState, EngineError, Exit, ExitKind, ExitReason, HostLimit
+from . import moves, mptable, sandbox
+from .boot import StartFailed, first_state, load
 from .clock import Clock, HostClock
 from .control import Control
-from .devices.disk import Disk
 from .devices.fwcfg import FirmwareConfig
 from .eyes import Eyes, flatten
 from .machine import Machine
@@ -70,39 +55,23 @@ from .processors import Ended, Processors
 from .protocol import Ending, WorkerSpec
 from .status import VCPUS_MAX, Phase, StatusPage
 
-__all__ = [
-    "BOOT_SECTOR", "CALLS_LIMIT", "SERIAL_CHUNK_BYTES", "TRACE_CHUNK", "StartFailed", "Worker", "main", "spawned",
-    "warm",
-]
+__all__ = ["CALLS_LIMIT", "SERIAL_CHUNK_BYTES", "TRACE_CHUNK", "Worker", "main", "spawned", "warm"]
 
-BOOT_SECTOR: Final = 0x7C00
 SERIAL_CHUNK_BYTES: Final = 48 * 1024
 TRACE_CHUNK: Final = 4096
 CALLS_LIMIT: Final = 2048                         # a hostile guest makes 65536 kinds of call; a packet is bounded
 CLOSE_NS: Final = 100_000_000                     # an engine that was left is closed then, at the latest
 ALARM_MIN_S: Final = 50e-6                        # a guest may ask for a tick each microsecond; nobody gets it
 INTERRUPT_FLAG: Final = 0x200
-BIOS_MEMORY_BYTES: Final = 1 << 20
 WARM_MEMORY_BYTES: Final = 1 << 20
-STATE_MAX_BYTES: Final = 1 << 20                  # of vCPU and devices as JSON; some 20 KiB are usual
-ROM_MAX_BYTES: Final = 256 << 10                  # what the engines have room for
-ROM_COPY_BYTES: Final = 128 << 10                 # of a ROM's end, seen below 1 MiB too
 
-# ExitReason -> (code, is it the guest's own doing)
+# How the ending is called.
 _CRASHES: Final = {
     ExitReason.TRIPLE_FAULT: "triple-fault",
     ExitReason.HOST_LIMIT: "host-limit",
     ExitReason.GUEST_ERROR: "guest-error",
     ExitReason.UNSUPPORTED: "unsupported",
 }
-
-
-class StartFailed(Exception):
-    """The VM could not be built; the text says what to change."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
 
 
 class Worker:
@@ -113,7 +82,6 @@ class Worker:
         image_fds: Sequence[int], clock: Clock | None = None,
     ) -> None:
         self._spec, self._control, self._raw, self._status = spec, control, memory, status
-        self._image_fds = image_fds
         self._clock = clock or HostClock()
         # What a fresh machine writes into memory (ROM, vectors) must not meet a restored one's.
         self._memory = GuestMemory(mmap.mmap(-1, len(memory)) if spec.restored else memory)
@@ -133,12 +101,12 @@ class Worker:
             "serial-input": self._serial_input, "registers": lambda _request: self._registers(),
             "calls": self._calls, "mode": self._mode, "state": self._state,
         }
-        disks = self._load()
-        self._rom = self._load_rom() if spec.boot == "rom" else None
+        loaded = load(spec, self._memory, image_fds)
+        self._rom = loaded.rom
         self._engine = spec.engine
         fw_cfg = FirmwareConfig(spec.memory_bytes, spec.vcpus) if spec.boot == "multiboot" else None
-        self.machine = Machine(self._memory, self._clock, self._count, disks, self._alarm, post_ports=spec.post_ports,
-                               fw_cfg=fw_cfg)
+        self.machine = Machine(self._memory, self._clock, self._count, loaded.disks, self._alarm,
+                               post_ports=spec.post_ports, fw_cfg=fw_cfg)
         try:
             self.cpu, *self._others = self._make_cpus(self._rom)
         except HostLimit as error:
@@ -151,7 +119,7 @@ class Worker:
         if spec.restored:
             self._memory.raw = memory
             return
-        self.cpu.set_state(self._first_state())
+        self.cpu.set_state(first_state(spec, memory, image_fds, loaded.disks))
         if self._others:
             try:
                 mptable.install(self._memory, spec.vcpus)
@@ -185,98 +153,10 @@ class Worker:
             self._status.set("disk_error", next(
                 disk.error for disk in self.machine.disks if disk.name == drive) & 0xFFFF_FFFF)
 
-    def _disks(self) -> list[Disk]:
-        spec, fds = self._spec, list(self._image_fds)
-        if spec.builtin is not None:
-            fds = [os.memfd_create("mixvisor-disk", os.MFD_CLOEXEC)]
-            os.write(fds[0], _builtin(spec.builtin))
-        disks: list[Disk] = []
-        for one in spec.disks or [None]:
-            name = one.name if one else None
-            try:
-                disks.append(Disk(fds.pop(0), name=name, writable=one is not None and one.writable == "yes",
-                                  overlay_fd=fds.pop(0) if one and one.writable == "overlay" else None))
-            except (OSError, ValueError) as error:
-                raise StartFailed("image", f"the disk {name or 'to boot from'} cannot be used: {error}") from error
-        return disks
-
-    def _load(self) -> list[Disk]:
-        """Put the image where it belongs; the disks, when the VM boots from one."""
-        spec = self._spec
-        if spec.boot == "disk":
-            if self._memory.size < BIOS_MEMORY_BYTES:
-                raise StartFailed("memory", f"a VM that boots from a disk needs at least 1 MiB of "
-                                            f"memory, it has {self._memory.size} bytes")
-            disks = self._disks()
-            boot_sector = disks[0].read(0, 1)
-            if not isinstance(boot_sector, bytes):
-                raise StartFailed("image", "the boot sector of the disk to boot from cannot be read")
-            self._memory.poke(BOOT_SECTOR, boot_sector)
-        elif spec.boot in ("rom", "multiboot"):
-            disks = []                            # `_load_rom`, `_boot_kernel`
-        else:
-            disks = []
-            if spec.builtin is not None:
-                image = _builtin(spec.builtin)
-            else:
-                size = os.fstat(self._image_fds[0]).st_size
-                if spec.load + size > self._memory.size:
-                    raise StartFailed("memory", f"the image of {size} bytes does not fit into"
-                                                f" memory at {spec.load:#x}")
-                image = os.pread(self._image_fds[0], size, 0)
-            if self._memory.poke(spec.load, image) != len(image) or not image:
-                raise StartFailed("memory", f"the image of {len(image)} bytes does not fit into"
-                                            f" memory at {spec.load:#x}")
-        for address, value in spec.pokes:
-            if self._memory.poke(address, value.to_bytes(8, "little")) != 8:
-                raise StartFailed("memory", f"the poke at {address:#x} lies outside memory")
-        return disks
-
-    def _load_rom(self) -> mmap.mmap:
-        """The ROM that ends at 4 GiB; its end is copied to below 1 MiB."""
-        if self._memory.size < BIOS_MEMORY_BYTES:
-            raise StartFailed("memory", "a VM with a ROM needs at least 1 MiB of memory, it has"
-                                        f" {self._memory.size} bytes")
-        size = os.fstat(self._image_fds[0]).st_size
-        if not 0 < size <= ROM_MAX_BYTES or size % mmap.PAGESIZE:
-            raise StartFailed("image", f"the ROM has {size} bytes: it must be whole pages of {mmap.PAGESIZE} bytes, at"
-                                       f" most {ROM_MAX_BYTES}")
-        rom = mmap.mmap(-1, size)
-        rom[:] = os.pread(self._image_fds[0], size, 0).ljust(size, b"\xFF")
-        low = rom[-min(size, ROM_COPY_BYTES):]
-        self._memory.poke(BIOS_MEMORY_BYTES - len(low), low)
-        return rom
-
-    def _first_state(self) -> CpuState:
-        if self._spec.boot == "rom":
-            return entry.reset_state()
-        if self._spec.boot == "multiboot":
-            return self._boot_kernel()
-        if not self.machine.disks:
-            return entry.flat_state(self._raw, self._spec.bits, self._spec.entry)
-        state = CpuState()
-        state.gpr[RIP] = state.gpr[RSP] = BOOT_SECTOR
-        state.gpr[RDX] = self.machine.disks[0].drive
-        state.gpr[RAX] = 0xAA55
-        state.gpr[RFLAGS] = 0x202                 # a BIOS enters with interrupts on
-        return state
-
-    def _boot_kernel(self) -> CpuState:
-        spec = self._spec
-        image, *files = self._image_fds
-        modules = [multiboot.Module(fd, text) for fd, text in zip(files, spec.modules, strict=True)]
-        try:
-            state = multiboot.boot(self._raw, image, spec.command_line, modules)
-        except multiboot.BootError as error:
-            raise StartFailed(error.kind, str(error)) from error
-        for fd in self._image_fds:
-            os.close(fd)
-        return state
-
-    # Saved, restored, moved to another engine.
+    # Gone on elsewhere.
 
     def _mode(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Go on in another engine. Until the new one has all of the state, nothing of the old one is touched."""
+        """Go on in another engine, or in this one where that is refused."""
         begun = time.perf_counter_ns()
         self._close_former()
         engine = str(request["engine"])
@@ -284,19 +164,14 @@ class Worker:
             raise ValueError(f"no engine {engine!r}")
         if engine == self._engine:
             return {"engine": engine, "changed": False, "stop_ns": 0}
-        try:
-            whole = self.cpu.get_whole()
-            why = portable.why_not(whole, engine, str(request.get("technology", "")))
-            if why is not None:
-                return {"refused": why}
+
+        def make() -> Cpu:
             device = self._control.descriptor() if engine == "kvm" else None
-            new = engines.create(engine, self._raw, self.machine, self._status.exits, self._rom, device)
-        except EngineError as error:
-            return {"refused": str(error)}
+            return engines.create(engine, self._raw, self.machine, self._status.exits, self._rom, device)
+
         try:
-            new.set_whole(whole)
+            new = moves.change_engine(self.cpu, engine, str(request.get("technology", "")), make)
         except EngineError as error:
-            new.close()
             return {"refused": str(error)}
         old, self.cpu, self._engine = self.cpu, new, engine
         self.machine.attach(new)
@@ -312,45 +187,20 @@ class Worker:
             former.close()
 
     def _state(self, _request: dict[str, Any]) -> dict[str, Any]:
-        """The vCPU and the devices into a file. Memory is the supervisor's to copy: nobody writes to it now."""
+        """The vCPU and the devices into a file."""
         if not self._paused:
             raise ValueError("only a paused VM can be saved")
         fd = self._control.descriptor()
         try:
-            cpu = portable.to_plain(self.cpu.get_whole())
-            data = json.dumps({"cpu": cpu, "machine": self.machine.capture(), "halted": self._halted}).encode()
-            if len(data) > STATE_MAX_BYTES:
-                raise EngineError(f"its state would have {len(data)} bytes")     # no device grows like that
-            done = 0
-            while done < len(data):
-                done += os.write(fd, data[done:])
+            return {"bytes": moves.write_state(fd, self.cpu, self.machine, halted=self._halted)}
         except EngineError as error:
             return {"refused": str(error)}
         finally:
             os.close(fd)
-        return {"bytes": len(data)}
 
     def restore(self, fd: int) -> None:
         """Go on from what `state` wrote. Raises StartFailed."""
-        try:
-            data = os.pread(fd, STATE_MAX_BYTES + 1, 0)
-            os.close(fd)
-            if len(data) > STATE_MAX_BYTES:
-                raise portable.BadState("it is too long")
-            state = json.loads(data)
-            if not isinstance(state, dict) or state.keys() != {"cpu", "machine", "halted"}:
-                raise portable.BadState("it has not the parts that it must have")
-            whole = portable.from_plain(state["cpu"])
-            why = portable.why_not(whole, self._engine, self._spec.technology)
-            if why is not None:
-                raise StartFailed("state", f"it cannot go on in this mode: {why}")
-            self.cpu.set_whole(whole)
-            self._halted = state["halted"] is True
-            self.machine.restore(state["machine"])
-        except (ValueError, RecursionError) as error:
-            raise StartFailed("state", f"what was saved is no state of such a VM: {error}") from error
-        except EngineError as error:
-            raise StartFailed("state", f"the saved state cannot be gone on from: {error}") from error
+        self._halted = moves.read_state(fd, self.cpu, self.machine, self._engine, self._spec.technology)
 
     # Life.
 
@@ -598,13 +448,6 @@ class Worker:
         most = sorted(bios.calls.most_common(CALLS_LIMIT))
         return {"calls": [[number, ah, count] for (number, ah), count in most],
                 "trace": [list(key) for key in bios.trace[first:first + TRACE_CHUNK]]}
-
-
-def _builtin(name: str) -> bytes:
-    if name not in guests.BUILTIN:
-        raise StartFailed("image", f"there is no built-in guest {name!r}: there are"
-                                   f" {', '.join(guests.BUILTIN)}")
-    return guests.image(name)
 
 
 def _sentence(left: Exit) -> str:

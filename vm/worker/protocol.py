@@ -27,7 +27,7 @@ address, text], ...], post: [code, ...]} (the code around CS:RIP; the newest exi
 
 `mode` {engine, technology} with /dev/kvm as its descriptor where the engine is `kvm` -> {engine, changed, stop_ns} or
 {refused: why}, and then nothing has changed; `state` with a file as its descriptor, into which a paused worker writes
-the vCPU and the devices as JSON -> {bytes: n} or {refused: why} (vm/worker/process.py).
+the vCPU and the devices as JSON -> {bytes: n} or {refused: why} (vm/worker/moves.py).
 
 The worker's packets are the words of a process that runs hostile code: the supervisor checks
 types and lengths and ends a worker that talks nonsense.
@@ -35,26 +35,24 @@ types and lengths and ends a worker that talks nonsense.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-__all__ = ["MAX_PACKET", "SERIAL_RING_BYTES", "DiskSpec", "Ending", "Fate", "WorkerSpec"]
+__all__ = ["MAX_PACKET", "SERIAL_RING_BYTES", "STATE_MAX_BYTES", "DiskSpec", "Ending", "WorkerSpec"]
 
 MAX_PACKET: Final = 128 * 1024
 SERIAL_RING_BYTES: Final = 64 * 1024
-
-
-class Fate(enum.Enum):
-    """How a guest ended. `exit_code` is of the exit port (isa-debug-exit: the byte written)."""
-
-    STOPPED = "stopped"      # asked to stop, or ended itself by the exit port or a final HLT
-    CRASHED = "crashed"      # guest fault, host limit, engine fault: `reason` tells which
-    FAILED = "failed"        # never started
+STATE_MAX_BYTES: Final = 1 << 20                  # of vCPU and devices as JSON; some 20 KiB are usual
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
+    """How a guest ended.
+
+    `stopped`: asked to stop, or ended itself; `crashed`: guest fault, host limit or engine fault; `failed`: never
+    started. `exit_code` is of the exit port (isa-debug-exit: the byte written).
+    """
+
     fate: Literal["stopped", "crashed", "failed"]
     reason: str                       # one sentence for a person
     # Stable. Stopped: asked, exit-port, halted, reset, no-boot. Crashed: triple-fault, host-limit,
