@@ -1,4 +1,4 @@
-"""One VM from definition to end: its life, its commands, its counters over restarts.
+"""One VM from definition to end: its life, its commands, and how it looks to the rest (its snapshot).
 
 The life is the table of vm/lifecycle.py; this module moves along it while the world moves.
 One task per running VM (`_lives`) owns the worker process: it starts it, hands its thread to the
@@ -19,8 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, fields, replace
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -28,7 +27,7 @@ import structlog
 import trio
 
 from ..config.model import VmConfig
-from ..metrics.snapshot import DiskSnapshot, ModeAlternative, VcpuSnapshot, VmSnapshot
+from ..metrics.snapshot import ModeAlternative, VcpuSnapshot, VmSnapshot
 from ..sched.accounts import VcpuFigures
 from ..sched.shared import EVENTS
 from ..sched.supervisor import AdmissionRefused, Scheduler, VcpuThread
@@ -37,17 +36,17 @@ from ..vm.lifecycle import ENDED, IllegalMove, Phase, Signal, decide_restart, mo
 from ..vm.modes import Mode, ModeDecision, moved
 from ..vm.worker.devices.disk import DAMAGED
 from ..vm.worker.protocol import Ending, WorkerSpec
-from ..vm.worker.status import DISK_COUNTERS
 from .backend import Conflict, ServiceError, Unusable
 from .children import Zygote
 from .images import open_images
 from .incarnation import Incarnation
 from .link import WorkerLink, harmless_screen
 from .moving import Moves, ask_for_mode, check_move, write_saved
-from .reports import SHAPES, checked
+from .reports import SHAPES, checked, for_the_log
 from .rivals import Rivals
 from .savefile import SavedFile
 from .statedir import SerialLog
+from .totals import Totals, VcpuTotals, totals_of
 from .warnings import Board
 
 __all__ = ["Machine", "MachineContext"]
@@ -74,53 +73,6 @@ class MachineContext:
     technology: str = ""             # of the host: what its KVM cannot go on from
 
 
-@dataclass(slots=True)
-class VcpuTotals:
-    """What is counted for each vCPU."""
-
-    run_ns: int = 0
-    wait_ns: int = 0
-    capped_ns: int = 0
-    halted_ns: int = 0
-    slices: int = 0
-    migrations: int = 0
-
-    def plus(self, other: VcpuTotals) -> VcpuTotals:
-        return VcpuTotals(*(getattr(self, name) + getattr(other, name) for name in VCPU_COUNTERS))
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counters of one incarnation, or summed over those that have ended."""
-
-    entitled_ns: int = 0
-    leak_ns: int = 0
-    emulator_ns: int = 0
-    exit_handling_ns: int = 0
-    serial_bytes: int = 0
-    serial_dropped_bytes: int = 0
-    bios_calls: int = 0
-    interrupts: int = 0
-    timer_ticks_lost: int = 0
-    progress: int = 0
-    exits: list[int] = field(default_factory=lambda: [0] * len(EXIT_KINDS))
-    vcpus: list[VcpuTotals] = field(default_factory=list["VcpuTotals"])
-    disks: dict[str, DiskSnapshot] = field(default_factory=dict[str, DiskSnapshot])
-
-    def plus(self, other: Totals) -> Totals:
-        total = Totals(*(getattr(self, name) + getattr(other, name) for name in COUNTERS))
-        total.exits = [a + b for a, b in zip(self.exits, other.exits, strict=True)]
-        total.vcpus = [a.plus(b) for a, b in zip_longest(self.vcpus, other.vcpus, fillvalue=VcpuTotals())]
-        total.disks = {drive: _sum(self.disks.get(drive), other.disks.get(drive))
-                       for drive in self.disks | other.disks}
-        return total
-
-
-def _sum(one: DiskSnapshot | None, other: DiskSnapshot | None) -> DiskSnapshot:
-    pairs = zip(astuple(one or DiskSnapshot()), astuple(other or DiskSnapshot()), strict=True)
-    return DiskSnapshot(*(a + b for a, b in pairs))
-
-
 class _Life:
     """From one `start` to its end, automatic restarts included: what is wanted, and how far it is.
 
@@ -135,11 +87,6 @@ class _Life:
         self.settled = trio.Event()            # the guest has run, or never will
         self.over = trio.Event()
         self.refusal: ServiceError | None = None     # why it never ran, once settled
-
-
-# In the order of the fields.
-COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name not in ("exits", "vcpus", "disks"))
-VCPU_COUNTERS: Final = tuple(f.name for f in fields(VcpuTotals))
 
 
 class Machine:
@@ -542,7 +489,7 @@ class Machine:
             if one.child is not None:
                 with trio.move_on_after(BURY_SECONDS):
                     await one.conclude()
-                self._past = self._past.plus(self._totals_of(one, scheduler.figures_of(self.name)))
+                self._past = self._past.plus(totals_of(one, scheduler.figures_of(self.name)))
                 self._incarnations += 1
             if one.legacy:
                 self._legacy = one.legacy
@@ -573,7 +520,7 @@ class Machine:
         else:
             self._move(Signal.ENDED_CRASHED, reason)
             log.error(f"{self.name} crashed: {reason}", code=f"guest-{ending.code}", vm=self.name,
-                      instruction=ending.instruction, registers=ending.registers, **_logged_report(report))
+                      instruction=ending.instruction, registers=ending.registers, **for_the_log(report))
         if not life.settled.is_set():
             if ending.fate == "failed":
                 life.refusal = ServiceError(f"{self.name} did not start: {reason}")
@@ -645,28 +592,6 @@ class Machine:
 
     # -- counters -------------------------------------------------------------------------
 
-    def _totals_of(self, one: Incarnation, figures: Sequence[VcpuFigures]) -> Totals:
-        page = one.status
-        count = self.spec.vcpus
-        totals = Totals(
-            exit_handling_ns=page.get("exit_handling_ns"),
-            serial_bytes=page.get("serial_bytes"), serial_dropped_bytes=page.get("serial_dropped_bytes"),
-            bios_calls=page.get("bios_calls"), interrupts=page.get("interrupts"),
-            timer_ticks_lost=page.get("timer_ticks_lost"), progress=one.progress() or 0,
-            exits=page.exits.tolist() if count == 1 else page.exits_of_all(count),
-            vcpus=[VcpuTotals() for _ in range(count)],
-            disks={disk.name: DiskSnapshot(*(page.get(f"{disk.name}_{what}") for what in DISK_COUNTERS))
-                   for disk in one.images.disks})
-        totals.vcpus[0].halted_ns = page.get("sleeping_ns")
-        for of in figures:
-            vcpu = totals.vcpus[of.index]
-            vcpu.run_ns, vcpu.wait_ns, vcpu.capped_ns = of.run_ns, of.wait_ns, of.capped_ns
-            vcpu.slices, vcpu.migrations = of.slices, of.migrations
-            totals.entitled_ns += of.entitled_ns
-            totals.leak_ns += of.leak_ns
-            totals.emulator_ns += of.emulator_ns
-        return totals
-
     def status_word(self, name: str) -> int:
         """A word of the live worker's status page. Raises Conflict when there is none."""
         if self._live_one is None:
@@ -680,7 +605,7 @@ class Machine:
             figures = self._context.scheduler.figures_of(self.name)
         total = self._past
         if one is not None:
-            now = self._totals_of(one, figures)
+            now = totals_of(one, figures)
             total = now if self._incarnations == 0 else self._past.plus(now)
         config, decision = self.config, self.decision
         places = {of.index: of.cpu for of in figures}
@@ -708,14 +633,3 @@ class Machine:
                                                     possible=other.possible) for other in decision.alternatives),
             mode_changes=dict(self.moves.changes), mode_change_stop_ns=self.moves.stop_ns, saves=self.moves.saves,
             restores=self.moves.restores)
-
-
-def _logged_report(report: dict[str, Any] | None) -> dict[str, Any]:
-    """A death report for the log: the mode, the code around as text, the last exits."""
-    if report is None:
-        return {}
-    here = report["address"]
-    return {"mode": report["mode"], "place": report["place"],
-            "listing": [f"{'>' if address == here else ' '} {address:#x}: {data}  {text}"
-                        for address, data, text in report["code"]],
-            "last_exits": [f"{reason} {address:#x} {text}" for reason, address, text in report["exits"]]}

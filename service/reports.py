@@ -16,7 +16,7 @@ from typing import Any, Final
 from .backend import ServiceError
 from .link import harmless
 
-__all__ = ["SHAPES", "checked"]
+__all__ = ["SHAPES", "checked", "for_the_log"]
 
 TEXT_MAX: Final = 240
 LIST_MAX: Final = 1024
@@ -71,3 +71,14 @@ def _fit(value: Any, shape: Any) -> Any:
     if isinstance(shape, tuple):
         return [_fit(item, part) for item, part in zip(value, shape, strict=True)]
     return [_fit(item, shape[0]) for item in value]
+
+
+def for_the_log(report: dict[str, Any] | None) -> dict[str, Any]:
+    """A death report for the log: the mode, the code around as text, the last exits."""
+    if report is None:
+        return {}
+    here = report["address"]
+    return {"mode": report["mode"], "place": report["place"],
+            "listing": [f"{'>' if address == here else ' '} {address:#x}: {data}  {text}"
+                        for address, data, text in report["code"]],
+            "last_exits": [f"{reason} {address:#x} {text}" for reason, address, text in report["exits"]]}
