@@ -11,7 +11,7 @@ Layout, version 1 (little-endian):
 | digest | BLAKE2b, 32 bytes, of everything before |
 
 Theory.  Writing goes to a new file beside the wanted one, is forced to the disk, and takes its name in the end, so a
-file of that name is always whole: the one before or the new one.  Guest memory is a memfd; its holes and its zero pages
+file of that name is always whole: the one before or the new one.  Only a save is ever replaced.  Guest memory is a memfd; its holes and its zero pages
 are skipped.  It is copied by reads, never mapped: a supervisor maps no guest memory.
 
 A file comes from anywhere.  The prefix tells what is none of ours or of a later version; every length is held
@@ -160,6 +160,7 @@ def write(path: Path, header: Header, state: bytes, memory_fd: int) -> int:
     text = json.dumps(asdict(header), separators=(",", ":")).encode()
     if len(text) > HEADER_MAX_BYTES or len(state) != header.state_bytes:
         raise ServiceError(f"{header.name} cannot be saved: what is to be said of it is too long")
+    _may_take_its_name(path)
     try:
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)       # mode 0600
     except OSError as error:
@@ -191,6 +192,28 @@ def write(path: Path, header: Header, state: bytes, memory_fd: int) -> int:
         raise
     _sync_directory(path.parent)
     return size
+
+
+def _may_take_its_name(path: Path) -> None:
+    """The name that a save takes in the end is free or that of another save: else a slip of the keyboard would cost
+    a disk image or, as root, a device node such as /dev/null."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ServiceError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        begins = os.read(fd, len(MAGIC)) if regular else b""
+    except OSError as error:
+        raise ServiceError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    if not regular:
+        raise ServiceError(f"{path} is not a regular file; a save needs the name of one, or a name that is free")
+    if begins not in (b"", MAGIC):
+        raise ServiceError(f"{path} is there and is not a saved VM: it stays; save under another name, or remove it first")
 
 
 def _sync_directory(path: Path) -> None:

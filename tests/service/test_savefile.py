@@ -115,6 +115,33 @@ def test_a_save_that_fails_leaves_the_file_before(saved, monkeypatch):
     assert os.listdir(saved.parent) == [saved.name]
 
 
+def test_only_a_save_is_replaced(path):
+    fd = memory()
+    path.write_bytes(b"\xeb\x3c\x90 a disk image, say" * 100)
+    before = path.read_bytes()
+    with pytest.raises(ServiceError, match="is there and is not a saved VM: it stays"):
+        write(path, header(), STATE, fd)
+    assert path.read_bytes() == before
+    path.write_bytes(b"")                          # as mktemp leaves it
+    write(path, header(), STATE, fd)
+    write(path, header(name="again"), STATE, fd)
+    file = SavedFile(path)
+    assert file.header.name == "again"
+    file.close()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/null", path)])
+def test_what_is_no_regular_file_is_never_replaced_by_a_save(path, make):
+    make(path)
+    before, fd = os.lstat(path), memory()
+    with pytest.raises(ServiceError, match="not a regular file"):
+        write(path, header(), STATE, fd)
+    assert (os.lstat(path).st_ino, os.lstat(path).st_mode) == (before.st_ino, before.st_mode)
+    assert os.listdir(path.parent) == [path.name]
+    os.close(fd)
+
+
 def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path):
     fd = memory()
     with pytest.raises(ServiceError, match=r"none/x cannot be written: No such file"):
