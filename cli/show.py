@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
+import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -48,7 +53,7 @@ def ps(output: str) -> None:
               show_default=True, metavar="SECONDS", help="Time between two pictures.")
 @output_option
 def top(sort: str, limit: int | None, once: bool, interval: float, output: str) -> None:
-    """Watch the VMs: shares entitled and received, steal, progress, exits; Ctrl-C ends.
+    """Watch the VMs: shares entitled and received, steal, progress, exits; q or Ctrl-C ends.
 
     All figures are of the last interval; shares and steal (runnable, but not running) are percent
     of one host CPU. With -o json there is one object a line for each interval.
@@ -60,14 +65,19 @@ def top(sort: str, limit: int | None, once: bool, interval: float, output: str) 
 
     console = stdout_console()
     live: Live | None = None
-    with connect() as client:
+    with connect() as client, contextlib.ExitStack() as terminal:
         old: Snapshot = client.snapshot()
         try:
             if output == "table" and console.is_terminal and not once:
                 live = Live(console=console, screen=True, auto_refresh=False)
                 live.start()
+                if sys.stdin.isatty():
+                    terminal.enter_context(_keys_at_once())
             while True:
-                time.sleep(interval)
+                if live is None or not sys.stdin.isatty():
+                    time.sleep(interval)
+                elif _asked_to_end(interval):
+                    return
                 new = client.snapshot()
                 rates = _ordered(vm_rates(old, new), sort)
                 shown = rates[:limit] if limit else rates
@@ -89,6 +99,32 @@ def top(sort: str, limit: int | None, once: bool, interval: float, output: str) 
         finally:
             if live is not None:
                 live.stop()
+
+
+@contextlib.contextmanager
+def _keys_at_once() -> Iterator[None]:
+    """Keys come without Enter and are not shown; Ctrl-C stays what it is."""
+    import termios
+    import tty
+
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    try:
+        tty.setcbreak(fd, termios.TCSADRAIN)                # what was typed already counts
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _asked_to_end(seconds: float) -> bool:
+    """Wait, but not longer than until q is typed; whatever else is typed is for nobody."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if select.select([sys.stdin], [], [], left)[0]:
+            typed = os.read(sys.stdin.fileno(), 64)
+            if not typed or b"q" in typed.lower():         # not typed: the terminal is gone
+                return True
+    return False
 
 
 def _ordered(rates: list[VmRate], sort: str) -> list[VmRate]:

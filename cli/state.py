@@ -52,7 +52,8 @@ def save(name: str, file: Path | None, leave_running: bool, output: str) -> None
     if output == "json":
         print_json(answer)
     else:
-        click.echo(f"{name} is saved to {answer['file']}: {answer['bytes'] / (1 << 20):.1f} MiB"
+        from .tables import size
+        click.echo(f"{name} is saved to {answer['file']}: {size(answer['bytes'])}"
                    f" in {answer['seconds']:.2f} s" + ("; it goes on" if answer["running"] else ""))
 
 

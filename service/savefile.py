@@ -11,8 +11,9 @@ Layout, version 1 (little-endian):
 | digest | BLAKE2b, 32 bytes, of everything before |
 
 Theory.  Writing goes to a new file beside the wanted one, is forced to the disk, and takes its name in the end, so a
-file of that name is always whole: the one before or the new one.  Only a save is ever replaced.  Guest memory is a memfd; its holes and its zero pages
-are skipped.  It is copied by reads, never mapped: a supervisor maps no guest memory.
+file of that name is always whole: the one before or the new one.  Only a save is ever replaced, never a disk image or
+a device.  Guest memory is a memfd; its holes and its zero pages are skipped.  It is copied by reads, never mapped: a
+supervisor maps no guest memory.
 
 A file comes from anywhere.  The prefix tells what is none of ours or of a later version; every length is held
 against the file's before anything of that length is read; runs must be pages, in order, inside of memory; the
@@ -213,7 +214,7 @@ def _may_take_its_name(path: Path) -> None:
     if not regular:
         raise ServiceError(f"{path} is not a regular file; a save needs the name of one, or a name that is free")
     if begins not in (b"", MAGIC):
-        raise ServiceError(f"{path} is there and is not a saved VM: it stays; save under another name, or remove it first")
+        raise ServiceError(f"{path} is there and is not a saved VM: it stays; choose another name, or remove it first")
 
 
 def _sync_directory(path: Path) -> None:

@@ -360,6 +360,13 @@ def test_a_vm_without_a_console_is_told(service, path, terminal):
     assert "sw-one has no console" in window.text
 
 
+def test_q_ends_a_live_view_at_once_and_the_terminal_is_as_before(service, path, terminal):
+    window = terminal(*REAL, "--socket", str(path), "top", "--interval", "3600")
+    window.until("\x1b[?1049h")                # the other screen: the first interval has begun
+    window.type(b"xQ")
+    assert window.end() == 0
+
+
 def test_top_draws_again_and_again_and_ends_with_ctrl_c(service, path, terminal):
     window = terminal(*REAL, "--socket", str(path), "top", "--interval", "0.1")
     window.until("mode switches/s")

@@ -21,7 +21,7 @@ def test_a_change_of_mode_says_how_long_the_guest_stood_still(run, service):  # 
 def test_a_file_is_named_from_where_the_person_is(run, service, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     assert "is saved to" in run("save", "sw-one", "one.mixvisor").stdout
-    assert "3.0 MiB in 0.25 s; it goes on" in run("save", "sw-two", "--leave-running").stdout
+    assert "3 MiB in 0.25 s; it goes on" in run("save", "sw-two", "--leave-running").stdout
     assert service.saved == [("sw-one", tmp_path / "one.mixvisor", False),
                              ("sw-two", Path("/var/lib/mixvisor/saved/sw-two.mixvisor"), True)]
     assert json.loads(run("save", "sw-one", "-o", "json").stdout)["bytes"] == 3 << 20
