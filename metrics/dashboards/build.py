@@ -286,13 +286,15 @@ def shares() -> list[Panel]:
               (top(by_vm(of_vms("scheduler_lag_seconds"))), "{{vm}}"), at_least=None),
         graph("Steal", "Part of the time wanted that was spent waiting for a host CPU.",
               "percentunit", (top(f"{WAITED} / ({WAITED} + {RECEIVED} > 0)"), "{{vm}}")),
+        graph("Held back by caps", "Part of the time that vCPUs could have run but the cap of their VM was used up.",
+              "percentunit", (top(by_vm(rate(of_vms("vm_vcpu_capped_seconds_total")))), "{{vm}}")),
         graph("Asleep", "Part of the time that guests slept and wanted no CPU.", "percentunit",
               (top(by_vm(rate(of_vms("vm_vcpu_halted_seconds_total")))), "{{vm}}")),
         graph("Work per CPU second", "Units of work that the guest counts, for each second of CPU "
               "it received: falls when the same CPU time is worth less.", "short",
               (top(f"{by_vm(rate(of_vms('vm_progress_total')))} / ({RECEIVED} > 0)"), "{{vm}}")),
         graph("Resident memory", "Host memory that the VM's process holds.", "bytes",
-              (top(by_vm(of_vms("vm_memory_resident_bytes"))), "{{vm}}")),
+              (top(by_vm(of_vms("vm_memory_resident_bytes"))), "{{vm}}"), width=FULL),
     ]
 
 
@@ -329,6 +331,10 @@ def modes() -> list[Panel]:
         graph("Runnable vCPUs", "vCPUs that could run now, by mode: more than there are host CPUs "
               "means that they compete.", "short",
               (by("mode", series("scheduler_runnable_vcpus")), "{{mode}}"), stacked=True),
+        graph("Changes of mode", "Running guests that were moved to the other mode.", "ops",
+              (top(by("vm, to", rate(of_vms("vm_mode_changes_total")))), "{{vm}}, to {{to}}")),
+        graph("Stood still for changes of mode", "Part of the time that guests stood still while they were moved.",
+              "percentunit", (top(by_vm(rate(of_vms("vm_mode_change_stop_seconds_total")))), "{{vm}}")),
     ]
 
 
