@@ -176,7 +176,10 @@ class Table:
         return shared.words[first:first + shared.get("used_slots") * SLOT_WORDS:SLOT_WORDS].tolist()
 
     def competing(self) -> dict[Slot, bool]:
-        """`competes` of every vCPU, by slot, in the order of admission."""
+        """Whether each vCPU is awake and not paused, by slot, in the order of admission.
+
+        One that nobody has yet counts as awake.
+        """
         owned, gone, have, awake = map(self.column, ("owned_generation", "gone", "have_cpu", "awake"))
         found: dict[Slot, bool] = {}
         for vcpu in self._vcpus.values():
@@ -197,17 +200,6 @@ class Table:
     def is_owned(self, vcpu: Vcpu) -> bool:
         """A dispatcher has had it: the owner's words are of this vCPU and of no earlier one."""
         return self.word(vcpu, "owned_generation") == vcpu.generation
-
-    def competes(self, vcpu: Vcpu) -> bool:
-        """Awake and not paused. One that nobody has yet counts as awake."""
-        if vcpu.paused or vcpu.leaving:
-            return False
-        owned = self.is_owned(vcpu)
-        if owned and self.word(vcpu, "gone"):
-            return False
-        if not owned or self.word(vcpu, "have_cpu") == NOBODY:
-            return True
-        return bool(self.word(vcpu, "awake"))
 
     # -- what a dispatcher that ended left behind --------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -33,10 +32,6 @@ def drawn(renderable, width):
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
-
-
-def squeezed(text):
-    return [re.sub(r" +", " ", line).strip() for line in text.splitlines()]
 
 
 LIVE_100 = """\

@@ -9,7 +9,7 @@ cannot tell them apart.
 
 Invariants.
 - `run` returns only at an instruction boundary, with every register and memory effect of
-  the instructions before it done exactly once, and none of the ones after (issue: a progress
+  the instructions before it done exactly once, and none of the ones after (a progress
   counter must never be counted twice).
 - A `Bus` call happens *during* an instruction; the registers seen inside it are those before
   the instruction, except that the instruction pointer may or may not have advanced. A device

@@ -1,7 +1,7 @@
 """The worker's end of the control socket: packets in, packets out, sleeping on it.
 
-Theory.  One SOCK_SEQPACKET socket, one JSON object a packet (protocol.py).  The worker has one
-thread, which computes for the guest; it reads the socket when it is kicked (the supervisor sends
+Theory.  One SOCK_SEQPACKET socket, one JSON object a packet (protocol.py).  The main thread, which
+computes for the guest, reads the socket when it is kicked (the supervisor sends
 first and kicks after, so a kick always finds its packet) and whenever it sleeps, because it
 sleeps in poll() on this very socket.  So no message is lost and none waits longer than the
 vCPU waits for a CPU.

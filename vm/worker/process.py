@@ -92,7 +92,6 @@ class Worker:
         self._running = False                     # the alarm is armed while the guest runs
         self._former: Cpu | None = None           # the engine before this one, and when it is closed at the latest
         self._close_at_ns: int | None = None      # (of the host's clock)
-        self._screen_version = 0
         self.processors: Processors | None = None
         self._lock: AbstractContextManager[Any] = contextlib.nullcontext()     # of the machine, where others use it
         self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

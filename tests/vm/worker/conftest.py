@@ -35,6 +35,21 @@ ENGINES = ("software", pytest.param("kvm", marks=pytest.mark.kvm))
 PATIENCE_S = 60          # a loaded machine is slow; nothing here waits that long when it is well
 
 
+@pytest.fixture
+def file() -> Iterator[Callable[..., int]]:
+    """`file(data)` makes a descriptor of a file with these bytes."""
+    made: list[int] = []
+
+    def make(data: bytes = b"") -> int:
+        made.append(os.memfd_create("file"))
+        os.write(made[-1], data)
+        return made[-1]
+
+    yield make
+    for fd in made:
+        os.close(fd)
+
+
 class FakeClock:
     """2026-03-01 12:34:56 UTC, one second after the host's boot."""
 

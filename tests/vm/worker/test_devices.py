@@ -786,36 +786,21 @@ def test_retrace_comes_and_goes(clock):
 
 # Disk.
 
-@pytest.fixture
-def files():
-    """`files(data)` makes a descriptor of a file with these bytes."""
-    made = []
-
-    def make(data=b""):
-        made.append(os.memfd_create("image"))
-        os.write(made[-1], data)
-        return made[-1]
-
-    yield make
-    for fd in made:
-        os.close(fd)
-
-
-def test_a_short_image_reads_zeros_behind_its_end_and_nothing_outside_its_format(files):
-    disk = Disk(files(b"x" * 700))
+def test_a_short_image_reads_zeros_behind_its_end_and_nothing_outside_its_format(file):
+    disk = Disk(file(b"x" * 700))
     assert disk.read(1, 2) == b"x" * 188 + bytes(1024 - 188)
     assert disk.read(319, 1) == bytes(512)
     assert disk.read(319, 2) is Fault.NOT_FOUND
     assert disk.read(-1, 1) is Fault.NOT_FOUND
 
 
-def test_an_empty_image_is_refused(files):
+def test_an_empty_image_is_refused(file):
     with pytest.raises(ValueError, match="empty"):
-        Disk(files())
+        Disk(file())
 
 
-def test_a_disk_is_protected_unless_it_is_writable_or_has_an_overlay(files):
-    fd, overlay = files(bytes(163_840)), files()
+def test_a_disk_is_protected_unless_it_is_writable_or_has_an_overlay(file):
+    fd, overlay = file(bytes(163_840)), file()
     assert Disk(fd).write(0, b"a" * 512) is Fault.PROTECTED
     with_overlay = Disk(fd, overlay_fd=overlay)
     assert with_overlay.write(1, b"b" * 512) is None
@@ -827,10 +812,10 @@ def test_a_disk_is_protected_unless_it_is_writable_or_has_an_overlay(files):
     assert Disk(fd, writable=True).write(319, b"d" * 1024) is Fault.NOT_FOUND
 
 
-def test_what_the_host_refuses_is_a_fault_and_its_errno_is_kept(files):
+def test_what_the_host_refuses_is_a_fault_and_its_errno_is_kept(file):
     overlay = os.memfd_create("overlay", os.MFD_ALLOW_SEALING)
     try:
-        disk = Disk(files(bytes(163_840)), overlay_fd=overlay)
+        disk = Disk(file(bytes(163_840)), overlay_fd=overlay)
         assert disk.write(0, b"a" * 512) is None
         fcntl.fcntl(overlay, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
         assert disk.write(0, b"b" * 512) is Fault.UNWRITABLE
@@ -842,9 +827,9 @@ def test_what_the_host_refuses_is_a_fault_and_its_errno_is_kept(files):
     assert disk.error == errno.EBADF
 
 
-def test_a_sector_that_is_not_what_its_checksum_says_is_unreadable(files):
-    overlay = files()
-    disk = Disk(files(bytes(163_840)), overlay_fd=overlay)
+def test_a_sector_that_is_not_what_its_checksum_says_is_unreadable(file):
+    overlay = file()
+    disk = Disk(file(bytes(163_840)), overlay_fd=overlay)
     disk.write(0, b"a" * 512)
     os.pwrite(overlay, b"?", 8192)
     assert disk.read(0, 1) is Fault.UNREADABLE

@@ -37,21 +37,6 @@ def flat(code: bytes = TELLS, load: int = 0x10_0000) -> bytes:
     return header(1 << 16, load, load, 0, load + 0x2000, load + 32) + code
 
 
-@pytest.fixture
-def file():
-    """Makes descriptors of files with these bytes."""
-    made: list[int] = []
-
-    def make(data: bytes) -> int:
-        made.append(os.memfd_create("file"))
-        os.write(made[-1], data)
-        return made[-1]
-
-    yield make
-    for fd in made:
-        os.close(fd)
-
-
 class Info:
     """The information that a booted kernel finds."""
 
