@@ -5,7 +5,8 @@ never be hit. The zygote itself is started again when it dies or hangs; children
 running, only their exit status is lost (`Child.reap` returns None).
 
 Invariants.  A request that was sent is waited for, also by a task that is being cancelled, but
-`ANSWER_SECONDS` at most: then the zygote is killed. A process that was made is either returned as
+`ANSWER_SECONDS` at most: then the zygote is killed. One that comes up is given up when it stands still, not when it
+is slow: a deadline of seconds would make a slow or crowded host unusable. A process that was made is either returned as
 a `Child` or killed. Every zygote has the priority that the supervisor had at first.
 """
 
@@ -22,15 +23,20 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import structlog
 import trio
 
+from ..sched.linux import Kernel
 from .backend import ServiceError
 
 __all__ = ["Child", "SpawnFailed", "Zygote", "open_zygote"]
 
-WARM_UP_SECONDS: Final = 30
+STANDS_STILL_SECONDS: Final = 30.0   # while it comes up, which takes half a second of CPU time on a common host
+WARM_UP_SECONDS: Final = 600.0       # however busy it is
 ANSWER_SECONDS: Final = 3.0      # forking takes milliseconds
 STDERR_TAIL_BYTES: Final = 4096
+
+log = structlog.get_logger("mixvisor")
 
 
 class SpawnFailed(ServiceError):
@@ -137,14 +143,30 @@ class _Link:
         return data, fds
 
     async def warm(self) -> None:
-        with trio.move_on_after(WARM_UP_SECONDS):
-            data, _fds = await self._receive()
-            if data:
-                return
-        code = self.process.poll()
+        """Wait until it can make processes, as long as it gets on: until then it imports, which is CPU time."""
+        began, used = trio.current_time(), 0.0
+        clock = Kernel().run_clock(self.process.pid, self.process.pid)
+        while True:
+            with trio.move_on_after(STANDS_STILL_SECONDS) as limit:
+                data, _fds = await self._receive()
+            if not limit.cancelled_caught:
+                if data:
+                    return
+                await _wait_ended(self.process)               # its socket ends a little before it does
+                code = self.process.poll()
+                why = f"it ended with exit code {code}" if code is not None else "it has closed its socket"
+                break
+            waited = trio.current_time() - began
+            before, used = used, clock.read() / 1e9   # not waited for: the number is still its own
+            if used == before or waited >= WARM_UP_SECONDS:
+                why = (f"after {waited:.0f} s it had used {used:.1f} s of CPU time, "
+                       + (f"none in the last {STANDS_STILL_SECONDS:g} s" if used == before else "and was not done")
+                       + ": the host is overloaded, or reading the program from its disk hangs")
+                break
+            log.warning(f"the service still loads its program after {waited:.0f} s ({used:.1f} s of CPU time): the "
+                        "host is slow or crowded", code="slow-start")
         self._break()
-        raise SpawnFailed("the zygote process did not come up"
-                          + (f" (exit code {code})" if code is not None else ""))
+        raise SpawnFailed(f"the zygote process did not come up: {why}")
 
     async def close(self) -> None:
         """End the zygote: it leaves by itself when its socket ends."""
@@ -152,15 +174,21 @@ class _Link:
         self._link.close()
         if self.process.poll() is not None:
             return
-        # Not waited for until now, so the number is still its own.
-        pidfd = os.pidfd_open(self.process.pid)
-        try:
-            with trio.move_on_after(2, shield=True):
-                await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+        await _wait_ended(self.process)
         self.process.kill()
         self.process.wait()
+
+
+async def _wait_ended(process: subprocess.Popen[bytes]) -> None:
+    """For two seconds at most."""
+    if process.poll() is not None:
+        return
+    pidfd = os.pidfd_open(process.pid)        # not waited for until now, so the number is still its own
+    try:
+        with trio.move_on_after(2, shield=True):
+            await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
 
 
 def _fd_array(fds: Sequence[int]) -> bytes:

@@ -1,15 +1,20 @@
 """The zygote: processes are made, known by pidfd, and their end is told."""
 
+import contextlib
 import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import structlog
 import trio
 
-from mixvisor.service.children import SpawnFailed, open_zygote
+from mixvisor.service import children
+from mixvisor.service.children import SpawnFailed, _Link, open_zygote
 
 
 async def test_a_child_gets_its_descriptors_and_its_end_is_known():
@@ -131,3 +136,42 @@ async def test_the_service_can_end_after_its_zygote_died(dies_noticed):
             child.signal(signal.SIGKILL)
             await child.reap()
             child.close()
+
+
+@contextlib.contextmanager
+def coming_up(does: str):
+    """A link to a process that is to say that it is ready on the descriptor FD."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-c", does.replace("FD", str(theirs.fileno()))],
+                                   pass_fds=[theirs.fileno()])
+    link = _Link(trio.socket.from_stdlib_socket(ours), process)
+    try:
+        yield link
+    finally:
+        process.kill()
+        process.wait()
+        ours.close()
+
+
+COMPUTES = "import os, time\nwhile time.process_time() < {}: pass\nos.write(FD, b'ready')\ntime.sleep(60)"
+
+
+async def test_a_zygote_that_is_slow_to_come_up_is_waited_for_with_a_word_as_long_as_it_gets_on(monkeypatch):
+    monkeypatch.setattr(children, "STANDS_STILL_SECONDS", 0.25)
+    with coming_up(COMPUTES.format(0.8)) as link, structlog.testing.capture_logs() as said:
+        await link.warm()
+    assert {entry["code"] for entry in said} == {"slow-start"}
+    assert "the host is slow or crowded" in said[0]["event"]
+
+
+@pytest.mark.parametrize(("does", "still", "at_most", "words"), [
+    ("import time\ntime.sleep(60)", 1.0, 60.0, "none in the last 1 s: the host is overloaded"),
+    (COMPUTES.format(60), 0.25, 0.5, "and was not done: the host is overloaded"),
+    ("raise SystemExit(3)", 60.0, 60.0, "it ended with exit code 3"),
+])
+async def test_a_zygote_that_does_not_come_up_is_given_up_with_the_reason(monkeypatch, does, still, at_most, words):
+    monkeypatch.setattr(children, "STANDS_STILL_SECONDS", still)
+    monkeypatch.setattr(children, "WARM_UP_SECONDS", at_most)
+    with coming_up(does) as link, pytest.raises(SpawnFailed, match=words):
+        await link.warm()
