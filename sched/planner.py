@@ -160,7 +160,8 @@ class Planner:
             # With very many vCPUs a plan takes milliseconds: then it is made less often.
             until = trio.current_time() + self.period_s
             while (left := until - trio.current_time()) > 0.0:
-                await trio.sleep(min(left, STEAL_S) if self.steals else left)
+                # VMs may come meanwhile, and with them something to look for.
+                await trio.sleep(min(left, STEAL_S if self.steals else 3 * STEAL_S))
                 if self.steals:
                     await self.steal()
             if self.is_due():
