@@ -5,8 +5,8 @@ import sys
 
 from .common import machine
 
-NAMES = ("policy", "scan", "watch", "compute", "timer", "dispatch", "sharing", "start", "work", "online", "scrape",
-         "mixing", "moves", "saves", "hundred")
+NAMES = ("policy", "simulate", "scan", "engines", "watch", "compute", "timer", "dispatch", "sharing", "start",
+         "work", "online", "scrape", "mixing", "moves", "saves", "hundred")
 
 print(machine())
 failed = [name for name in NAMES

@@ -68,6 +68,11 @@ class Totals:
         return total
 
 
+# In the order of the fields.
+COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name not in ("exits", "vcpus", "disks"))
+VCPU_COUNTERS: Final = tuple(f.name for f in fields(VcpuTotals))
+
+
 def _sum(one: DiskSnapshot | None, other: DiskSnapshot | None) -> DiskSnapshot:
     pairs = zip(astuple(one or DiskSnapshot()), astuple(other or DiskSnapshot()), strict=True)
     return DiskSnapshot(*(a + b for a, b in pairs))
@@ -95,8 +100,3 @@ def totals_of(one: Incarnation, figures: Sequence[VcpuFigures]) -> Totals:
         totals.leak_ns += of.leak_ns
         totals.emulator_ns += of.emulator_ns
     return totals
-
-
-# In the order of the fields.
-COUNTERS: Final = tuple(f.name for f in fields(Totals) if f.name not in ("exits", "vcpus", "disks"))
-VCPU_COUNTERS: Final = tuple(f.name for f in fields(VcpuTotals))
