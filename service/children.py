@@ -147,11 +147,12 @@ class _Link:
         began, used = trio.current_time(), 0.0
         clock = Kernel().run_clock(self.process.pid, self.process.pid)
         while True:
-            with trio.move_on_after(STANDS_STILL_SECONDS) as limit:
+            data = None
+            with trio.move_on_after(STANDS_STILL_SECONDS):
                 data, _fds = await self._receive()
-            if not limit.cancelled_caught:
-                if data:
-                    return
+            if data:
+                return
+            if data is not None:
                 await _wait_ended(self.process)               # its socket ends a little before it does
                 code = self.process.poll()
                 why = f"it ended with exit code {code}" if code is not None else "it has closed its socket"
