@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from .common import output_option, print_json, print_table, strict_option
+from .common import control_socket, output_option, print_json, print_table, strict_option
 
 if TYPE_CHECKING:
     from ..vm.conflicts import Conflict
@@ -30,7 +33,7 @@ def host(output: str, strict: bool) -> None:
     from ..vm.hosts.rivals import look_for_rivals
 
     facts = HostFacts.read()
-    conflicts = judge(look_for_rivals(technology=facts.technology))
+    conflicts = judge(look_for_rivals(technology=facts.technology, own=_service()))
     found = [*unusable(facts), *conflicts]
     if output == "json":
         print_json({"schema": 1, "host": facts.to_json(), "explained": list(explain(facts)),
@@ -39,6 +42,16 @@ def host(output: str, strict: bool) -> None:
         from .tables import fields_table
         print_table(fields_table([*(_labelled(line) for line in explain(facts)), *_others(conflicts)]))
     click.get_current_context().exit(strict_exit(one.severity for one in found) if strict else 0)
+
+
+def _service() -> int | None:
+    """Process of the service that runs, if one does: its VMs are not another program's."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as asked:
+        asked.settimeout(1)
+        asked.connect(str(control_socket()))
+        pid, _user, _group = struct.unpack("3i", asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return pid
+    return None
 
 
 def _others(conflicts: Sequence[Conflict]) -> list[tuple[str, str]]:

@@ -188,6 +188,8 @@ def read(path: Path) -> Recording:
     try:
         with gzip.open(path, "rb") as packed:
             data = packed.read(MAX_BYTES + 1)
+    except gzip.BadGzipFile as error:
+        raise DataError(f"{path}: not a recording of mixvisor measure: it is not packed, as those are") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if len(data) > MAX_BYTES:

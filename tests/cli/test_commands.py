@@ -473,6 +473,15 @@ def test_host_says_what_it_has_and_what_that_means(run):
     assert data["host"]["technology"] in ("vt-x", "amd-v", "pvm", "none")
 
 
+def test_host_does_not_take_the_vms_of_its_own_service_for_another_programs(service, run, monkeypatch):
+    from mixvisor.vm.conflicts import Evidence
+    asked = []
+    monkeypatch.setattr("mixvisor.vm.hosts.rivals.look_for_rivals",
+                        lambda **more: asked.append(more["own"]) or Evidence(technology=more["technology"]))
+    assert run("host").exit_code == 0
+    assert asked == [os.getpid()]                  # the fake service is in this process
+
+
 def test_version_names_what_it_stands_on(run):
     assert "mixvisor" in json.loads(run("version", "-o", "json").stdout)["versions"]
 

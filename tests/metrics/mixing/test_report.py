@@ -155,7 +155,7 @@ def test_a_file_that_is_not_packed_or_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read(path)
     path.write_text("plain")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not a recording of mixvisor measure"):
         read(path)
     path.write_bytes(gzip.compress(HEADER.encode())[:-12])
     with pytest.raises(DataError, match="cannot be read"):
