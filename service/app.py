@@ -448,7 +448,7 @@ class Service:
         if file is None:
             folder = self._state_path / "saved"
             folder.mkdir(mode=0o700, exist_ok=True)
-            file = folder / f"{name}{SUFFIX}"
+            file = (folder / f"{name}{SUFFIX}").absolute()      # told to somebody in another folder
         return await machine.save(file, leave_running=leave_running)
 
     async def restore(self, file: Path, name: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import trio
@@ -151,12 +152,13 @@ async def test_a_saved_guest_ends_and_goes_on_from_its_file(tmp_path, mode):
         assert vm(service, "one").progress < 2 * total + 10**9
 
 
-async def test_a_guest_left_running_goes_on_and_its_past_can_be_started_elsewhere(tmp_path):
-    async with running(tmp_path, [ALU, {**ALU, "name": "two", "autostart": False}]) as service:
+async def test_a_guest_left_running_goes_on_and_its_past_can_be_started_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                        # the state directory by a relative name: told is a whole one
+    async with running(Path(), [ALU, {**ALU, "name": "two", "autostart": False}]) as service:
         await counts_on(service)
         answer = await service.save("one", None, leave_running=True)
         assert answer["running"]
-        assert answer["file"].endswith("saved/one.mixvisor")
+        assert answer["file"] == str(tmp_path / "state" / "saved" / "one.mixvisor")
         await counts_on(service)
         with pytest.raises(Conflict, match="one is running"):
             await service.restore(tmp_path / "state" / "saved" / "one.mixvisor", None)
@@ -169,6 +171,11 @@ async def test_a_save_that_fails_lets_the_guest_go_on(tmp_path):
         await counts_on(service)
         with pytest.raises(ServiceError, match="cannot be written"):
             await service.save("one", tmp_path / "none" / "file", leave_running=False)
+        image = tmp_path / "disk.img"
+        image.write_bytes(b"an image")
+        with pytest.raises(ServiceError, match="is not a saved VM: it stays"):
+            await service.save("one", image, leave_running=False)
+        assert image.read_bytes() == b"an image"
         assert vm(service, "one").state == "running"
         await counts_on(service)
 
