@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .emulator import Emulator, Report
-from .hosts import HOSTS, Host
+from .hosts import CHECKS, HOSTS, Host
 from .image import build
 from .parts import Missing, Parts, emulators_missing
 from .report import document, table
@@ -26,7 +26,8 @@ LOOK_S = 0.1
 
 
 def boot(
-    hosts: Sequence[Host], *, jobs: int = 2, said: Callable[[str], None] = lambda _text: None, keep: Path | None = None,
+    hosts: Sequence[Host], *, checks: Sequence[str] = tuple(CHECKS), jobs: int = 2,
+    said: Callable[[str], None] = lambda _text: None, keep: Path | None = None,
 ) -> list[Report]:
     """Run hosts, at most `jobs` at once. Raises Missing where this machine cannot.
 
@@ -44,7 +45,7 @@ def boot(
             while waiting and len(running) < jobs:
                 host = waiting.pop(0)
                 said(f"lab: {host.name} boots ({host.title})")
-                running.append(Emulator(host, image, parts))
+                running.append(Emulator(host, image, parts, checks))
             time.sleep(LOOK_S)
             for emulator in list(running):
                 report = emulator.poll()
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("hosts", nargs="*", metavar="HOST", help="which hosts; default: all")
     parser.add_argument("--quick", action="store_true", help="only those that take seconds")
     parser.add_argument("--slow", action="store_true", help="only those that take a minute or more")
+    parser.add_argument("--check", action="append", choices=tuple(CHECKS), metavar="CHECK",
+                        help=f"only this one, of {', '.join(CHECKS)}; may be given several times")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="hosts at once (2)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep each host's console and raw results there")
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
@@ -90,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
     try:
-        reports = boot(hosts, jobs=chosen.jobs, keep=chosen.keep,
+        checks = [name for name in CHECKS if not chosen.check or name in chosen.check]
+        reports = boot(hosts, checks=checks, jobs=chosen.jobs, keep=chosen.keep,
                        said=lambda text: print(text, file=sys.stderr, flush=True))
     except Missing as missing:
         print(f"lab: {missing}", file=sys.stderr)

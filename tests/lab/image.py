@@ -15,6 +15,7 @@ Everything is compiled for that Python beforehand, by itself.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import stat
@@ -33,12 +34,13 @@ PLACE: Final = "usr/lib/python3/dist-packages"
 # By what a host needs them for; each with what it depends on.
 MODULES: Final = {
     "qemu": ("virtio_pci", "virtio_blk", "isofs"),
-    "bochs": ("pata_legacy", "sr_mod", "isofs"),
+    "bochs": ("pata_legacy", "sd_mod", "isofs"),
     "amd": ("kvm_amd",),
     "intel": ("kvm_intel",),
 }
 # By its ports: the PIIX3 of Bochs does not show on PCI reliably.
 OPTIONS: Final = {"pata_legacy": " all=1"}
+CYLINDER: Final = 16 * 63 * 512                # Bochs' hard disks consist of whole ones
 # Big, and never imported here.
 LEFT_OUT: Final = re.compile(
     r"/(?:unicorn|capstone)/(?:include/|lib/.*\.a$)|/(?:trio|anyio|click|rich)/_?tests?/|/__pycache__/"
@@ -60,10 +62,11 @@ class Image:
     vga_bios: Path
 
 
-def command_line(host: Host) -> str:
-    disk = "vda" if host.emulator == "qemu" else "sr1"
+def command_line(host: Host, checks: Iterable[str]) -> str:
+    disk = "vda" if host.emulator == "qemu" else "sda"
     sparing = f" {SPARING}" if host.emulator == "bochs" else ""
-    return f"{COMMAND_LINE}{sparing} lab.host={host.name} lab.disk={disk} lab.modules={host.emulator}"
+    return f"{COMMAND_LINE}{sparing} lab.host={host.name} lab.disk={disk} lab.modules={host.emulator}" \
+        f" lab.checks={','.join(checks)}"
 
 
 def build(parts: Parts) -> Image:
@@ -173,11 +176,13 @@ def _image(into: Path, parts: Parts, base: Path, suites: Iterable[Path], kernel:
     (into / "initrd").write_bytes(_initrd(parts.debian))
     run([*parts.program("usr/bin/genisoimage"), "-quiet", "-r", "-l", "-o", into / "disk.iso", root],
         "the disk image cannot be written")
+    with (into / "disk.iso").open("r+b") as disk:
+        disk.truncate(-(-disk.seek(0, os.SEEK_END) // CYLINDER) * CYLINDER)
     shutil.rmtree(root)
 
 
-def boot_disk(image: Image, parts: Parts, host: Host, into: Path) -> Path:
-    """A second, small disk that starts kernel and initramfs with the host's command line (isolinux)."""
+def boot_disk(image: Image, parts: Parts, words: str, into: Path) -> Path:
+    """A second, small disk that starts kernel and initramfs with the host's command line, *words* (isolinux)."""
     tree = into / "boot"
     (tree / "isolinux").mkdir(parents=True)
     shutil.copyfile(image.kernel, tree / "vmlinuz")
@@ -185,7 +190,7 @@ def boot_disk(image: Image, parts: Parts, host: Host, into: Path) -> Path:
     for name in ("usr/lib/ISOLINUX/isolinux.bin", "usr/lib/syslinux/modules/bios/ldlinux.c32"):
         shutil.copyfile(parts.debian / name, tree / "isolinux" / Path(name).name)
     (tree / "isolinux/isolinux.cfg").write_text(
-        f"default lab\nprompt 0\nlabel lab\nkernel /vmlinuz\nappend initrd=/initrd {command_line(host)}\n")
+        f"default lab\nprompt 0\nlabel lab\nkernel /vmlinuz\nappend initrd=/initrd {words}\n")
     disk = into / "boot.iso"
     run([*parts.program("usr/bin/genisoimage"), "-quiet", "-r", "-b", "isolinux/isolinux.bin", "-c", "isolinux/catalog",
          "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", "-o", disk, tree],

@@ -13,6 +13,8 @@ __all__ = ["document", "table"]
 
 def _cell(report: Report, check: str) -> str:
     outcome = report.outcomes.get(check)
+    if check not in report.checks:
+        return "-"
     if outcome is None:
         return "not run" if report.trouble else "missing"
     word = {True: "ok", False: "FAILED", None: "-"}[outcome.ok]

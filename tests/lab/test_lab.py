@@ -17,7 +17,8 @@ from .__main__ import LOOK_S, boot
 from .emulator import Emulator, Outcome, Report
 from .hosts import CHECKS, HOSTS
 from .image import build
-from .parts import Missing, Parts, emulators_missing
+from .inside.checks import SUITE, WITHOUT_HARDWARE
+from .parts import ROOT, Missing, Parts, emulators_missing
 from .report import table
 
 QUICK = [host for host in HOSTS.values() if host.quick]
@@ -79,8 +80,23 @@ def test_no_emulator_outlives_the_lab(parts: Parts, number: signal.Signals):
             lab.kill()
 
 
+def test_what_the_lab_does_not_import_has_no_test_that_needs_kvm():
+    """Else such a test would be missing inside without a word."""
+    modules = [f"{SUITE}/{name}.py" for name in WITHOUT_HARDWARE]
+    collected = subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider",
+                                "-m", "kvm", *modules], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                               check=False)
+    assert collected.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, collected.stdout + collected.stderr
+
+
+def test_a_check_that_was_not_asked_for_is_not_missed():
+    report = Report(HOSTS["amd-v"], ("modes",), {"modes": Outcome(True, "")})
+    assert report.good
+    assert table([report]).splitlines()[-1].split()[:6] == ["amd-v", "-", "ok", "-", "-", "-"]
+
+
 def test_what_failed_is_told_in_its_own_words():
-    report = Report(HOSTS["amd-v"], {name: Outcome(True, "") for name in CHECKS})
+    report = Report(HOSTS["amd-v"], outcomes={name: Outcome(True, "") for name in CHECKS})
     assert report.good
     report.outcomes["modes"] = Outcome(False, "one\ntwo")
     assert not report.good

@@ -91,7 +91,7 @@ _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _INTERRUPT_FLAG: Final = 0x200
 _PAGING: Final = 1 << 31                 # CR0.PG
 _LONG_MODE_ENABLED: Final = 1 << 8       # EFER.LME
-
+_APIC_ENABLED: Final = 1 << 11           # IA32_APIC_BASE's global enable
 
 _TSC: Final = 0x10
 _XSTATE: Final = 512                     # offset of XSTATE_BV in the area of XSAVE
@@ -416,6 +416,8 @@ class KvmCpu:
 
     def _set_registers(self, state: CpuState) -> None:
         special = self._vcpu.get_special()       # keeps the APIC base
+        if not self._several:
+            special.apic_base &= ~_APIC_ENABLED  # there is none, and KVM tells of it in CPUID by this bit
         self._page[_READY] = 0                   # of the state before
         self._halted = False
         for name in _SEGMENTS:
