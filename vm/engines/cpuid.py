@@ -24,7 +24,9 @@ from . import kick
 __all__ = ["HYPERVISOR", "answer", "leaves", "vendor"]
 
 HYPERVISOR: Final = b"MixvisorVMM\0"
-_VENDORS: Final = (b"AuthenticAMD", b"GenuineIntel")
+_AMD: Final = b"AuthenticAMD"
+_INTEL: Final = b"GenuineIntel"
+_VENDORS: Final = (_AMD, _INTEL)
 _SIGNATURE: Final = 0x60FB1                # family 15, model 107, stepping 1: QEMU's generic 64-bit processor
 _BRAND: Final = b"Mixvisor micro-VM processor".ljust(48, b"\0")
 _PHYSICAL_BITS, _LINEAR_BITS = 40, 48
@@ -79,5 +81,14 @@ def leaves() -> dict[int, _Regs]:
 
 
 def answer(leaf: int) -> _Regs:
-    """What the CPUID instruction gives: zeros for what there is not."""
-    return leaves().get(leaf, (0, 0, 0, 0))
+    """What the CPUID instruction gives for what there is not, too: zeros, and of Intel's processors the highest basic
+    leaf where the number is beyond the last of its class (KVM does so as the processors do).
+    """
+    found = leaves().get(leaf)
+    if found is not None:
+        return found
+    if vendor() != _INTEL:
+        return 0, 0, 0, 0
+    first = leaf & 0xFFFF_FF00 if leaf >> 28 == 4 else 0xC000_0000 if leaf >= 0xC000_0000 else leaf & 0x8000_0000
+    last = leaves().get(first)
+    return (0, 0, 0, 0) if last is not None and leaf <= last[0] else leaves()[leaves()[0][0]]

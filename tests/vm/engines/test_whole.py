@@ -405,6 +405,16 @@ def test_a_guest_sees_the_same_processor_on_every_engine(real_machine):
     assert not cpuid.answer(1)[2] & 1 << 26    # no XSAVE, hence no AVX
 
 
+@pytest.mark.parametrize(("leaf", "beyond"), [
+    (2, True), (0x8000_0009, True), (0x4000_0001, True), (0x4000_0100, True), (0xC000_0000, True),
+    (0x8000_0005, False)])
+def test_a_leaf_beyond_the_last_is_the_highest_basic_one_on_intel_and_zeros_on_amd(monkeypatch, leaf, beyond):
+    monkeypatch.setattr(cpuid, "vendor", lambda: b"GenuineIntel")
+    assert cpuid.answer(leaf) == (cpuid.answer(1) if beyond else (0, 0, 0, 0))
+    monkeypatch.setattr(cpuid, "vendor", lambda: b"AuthenticAMD")
+    assert cpuid.answer(leaf) == (0, 0, 0, 0)
+
+
 @pytest.mark.kvm
 @pytest.mark.spins
 @pytest.mark.skipif(KVM_MISSING is not None, reason=str(KVM_MISSING))
