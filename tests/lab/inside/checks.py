@@ -157,7 +157,6 @@ def begin(arguments: tuple[str, ...], out: int, err: int) -> int:
     pid = os.fork()
     if pid:
         return pid
-    gc.enable()
     code = 70
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -540,9 +539,10 @@ def main() -> None:
     words = dict(word.partition("=")[::2] for word in Path("/proc/cmdline").read_text().split())
     host, line = HOSTS[words["lab.host"]], Line()
     only = [name for name in words.get("lab.checks", "").split(",") if name]
-    gc.disable()                               # the sixteenth part of importing, and nothing here is for long
     try:
+        gc.disable()                           # the sixteenth part of importing; machines that moved are garbage, too
         warm(line)
+        gc.enable()
         for name in only or CHECKS:
             line.tell(at=name)
             began = time.monotonic()
