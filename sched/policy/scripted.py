@@ -7,8 +7,9 @@ length that the next entry names. Two rules keep that fair:
    themselves nobody is owed anything more or less afterwards than before, however uneven the script is. (The accounts
    that people see, charged from the kernel's own, are untouched by this: they say who ran.)
 2. Those beside them are owed time meanwhile, as always. They get it at the script's *rests* (entries without a
-   vCPU), and at the latest when together they are owed `OWED_MAX_NS`: then the fair policy picks until they are
-   even. So a vCPU that lends nothing has its share over every quarter of a second and notices only a longer wait.
+   vCPU), and at the latest when together they are owed `OWED_MAX_NS`: then they alone are picked, as the fair policy
+   would among them, until they are even. So a vCPU that lends nothing has its share over every quarter of a second
+   and notices only a longer wait.
 
 An entry whose vCPU is not here, asleep or out of budget is left out. Where the script has run dry the fair
 policy picks.
@@ -85,7 +86,15 @@ class ScriptedRunqueue(Runqueue):
             if entry is not None and entry.awake and not entry.parked and entry.slot in self._lent:
                 self.entry, self.length_ns = number + 1, max(length_ns, SHORTEST_NS)
                 return self._started(entry)
-        return super().pick(current)
+        return self._next_beside() if self._resting else super().pick(current)
+
+    def _next_beside(self) -> Slot | None:
+        """A rest is for those beside the lenders alone. What lenders owe each other is frozen while they lend, so if
+        one of them could be picked here, one ahead of its share would leave the others owed time for ever.
+        """
+        return self._started(min(
+            (e for e in self._awake if e.slot not in self._lent and not e.parked and e.start <= self._virtual),
+            key=lambda e: e.deadline))
 
     def _owed_to_others(self) -> float:
         virtual, lent = self._virtual, self._lent

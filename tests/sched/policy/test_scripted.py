@@ -113,3 +113,16 @@ def test_at_a_rest_the_others_are_served_until_they_are_even():
     assert [entry for _slot, entry, _length in found[:40]] == list(range(1, 41))
     assert found[40][1] == 0
     assert 42 in [entry for _slot, entry, _length in found]
+
+
+def test_a_rest_ends_also_when_one_lender_was_far_ahead_of_the_other():
+    """Regression: what lenders owe each other is frozen, so the others stayed owed time and the script stood still."""
+    script = Script(*([(1, MS)] * 10 + [(REST, 0)]) * 10)
+    queue = ScriptedRunqueue(script, SLICE, 0)
+    for slot, (rate, lag) in {1: (0.375, 0), 2: (0.5, 0), 0: (0.125, -12 * MS)}.items():
+        queue.add(Slot(slot), rate, lag)
+        queue.lend(Slot(slot), slot != 2)
+    ran: Counter[int] = Counter()
+    play(queue, 150, ran)
+    assert script.at == len(script.lines)
+    assert 0.4 < ran[2] / sum(ran.values()) < 0.6
