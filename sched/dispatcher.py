@@ -73,6 +73,7 @@ from .tape import InputFile, Manner, Tape
 __all__ = ["Dispatcher", "Inbox", "Parcel", "Settings"]
 
 IDLE_TICK_NS: Final = 5_000_000          # nobody awake: how soon a waker is noticed
+AWAITED_TICK_NS: Final = 200_000         # nobody here, and one is on the way from another host CPU
 UNEXPLAINED_NS: Final = 150_000          # of a slice: interrupts, the timer, our own work
 READ_ALL_WITHIN_NS: Final = 250_000_000  # each thread is read at least this often
 COMPUTING: Final = 4                     # asleep by its own word, yet ran over 1/4 of the time
@@ -464,7 +465,7 @@ class Dispatcher:
         pid, tid, mode = (words[base + SLOT_FIELDS[name]] for name in ("pid", "tid", "mode"))
         new = words[base + _OWNED] != generation
         if new:
-            for name in ("leak_ns", "slices", "migrations", "awake_ns", "lag_ns",
+            for name in ("leak_ns", "slices", "migrations", "awake", "awake_ns", "lag_ns",
                          "budget_ns", "capped_ns", "gone", "picked", "first_run_ns", "charged_ns"):
                 words[base + SLOT_FIELDS[name]] = 0
         else:
@@ -510,6 +511,11 @@ class Dispatcher:
         words[base + _BUDGET] = self._queue.budget_ns(vcpu.slot)
         words[base + _CAPPED] += self._queue.take_capped_ns(vcpu.slot)
         words[base + _LAG] = self._queue.remove(vcpu.slot)
+        if vcpu.awake and words[base + _WANT] != NOBODY and not vcpu.paused:
+            # On the way to its next dispatcher it wants the CPU as before: `_set_awake` goes on there.
+            words[self._base + _RUNNABLE + vcpu.mode] -= 1
+            vcpu.awake = False
+            return
         self._set_awake(vcpu, False, now)
 
     def _set_awake(self, vcpu: _Vcpu, awake: bool, now: int) -> None:
@@ -518,6 +524,8 @@ class Dispatcher:
             words[self._base + _RUNNABLE + vcpu.mode] += 1 if awake else -1
         vcpu.awake, vcpu.doze_at, vcpu.watched = awake, 0, False
         if awake:
+            if words[base + _AWAKE]:
+                words[base + _AWAKE_NS] += max(0, now - words[base + _AWAKE_SINCE])
             vcpu.awake_since = now
             words[base + _AWAKE_SINCE] = now
         elif words[base + _AWAKE]:
@@ -688,7 +696,7 @@ class Dispatcher:
                 flags |= self._script.entry << RECORD_ENTRY_SHIFT
                 self._breath_ns = max(length, BREATH_MAX_NS // length * length)
         else:
-            length = IDLE_TICK_NS
+            length = AWAITED_TICK_NS if self._retry else IDLE_TICK_NS
             if self._capped:
                 length = min(length, queue.unpark_in_ns() or length)
         # Ends lie on a fixed grid as long as we are not behind by a whole slice.

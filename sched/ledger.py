@@ -26,6 +26,8 @@ from .table import Table, Vcpu
 __all__ = ["Ledger"]
 
 WINDOW: Final = 20                 # accounts that the fairness index looks back over: 2 s
+PERIODS: Final = 2                 # of the placement: what one may be owed for having been on a crowded host CPU
+AWHILE_NS: Final = 1_000_000       # of sleep since the last account: less is how exactly it is known
 TICK_NS: Final = 5_000_000         # how old the kernel's figure for a running thread may be
 
 
@@ -39,26 +41,36 @@ class Ledger:
         self._table = table
         self.slice_ns = slice_ns
         self.batch_ns = batch_ns
+        self._accounted_ns = 0
         self._unspent_ns = 0.0           # received by VMs, and not yet accrued to anybody
         self._window: deque[dict[int, tuple[int, float]]] = deque(maxlen=WINDOW)
 
-    def account(self, now: int, cpus: int) -> None:
-        """Bill what was received on *cpus* host CPUs, accrue what was due. Idempotent."""
+    def account(self, now: int, cpus: int, period_ns: int = 0) -> None:
+        """Bill what was received on *cpus* host CPUs, accrue what was due. Idempotent.
+
+        *period_ns*: of the placement, 0 where there is none.
+        """
         table = self._table
+        owned, charged, first_run, awake_word, awake_since, awake_sum = map(table.column, (
+            "owned_generation", "charged_ns", "first_run_ns", "awake", "awake_since_ns", "awake_ns"))
         due: list[tuple[Vcpu, float, int]] = []
+        competed: list[int] = []
+        elapsed, self._accounted_ns = now - self._accounted_ns, now
         for vcpu in table:
-            if not table.is_owned(vcpu):
+            slot = vcpu.slot
+            if owned[slot] != vcpu.generation:
                 continue
-            run = table.word(vcpu, "charged_ns") - table.word(vcpu, "first_run_ns")
-            awake = table.word(vcpu, "awake_ns")
-            if table.word(vcpu, "awake"):
-                awake += max(0, now - table.word(vcpu, "awake_since_ns"))
+            run = charged[slot] - first_run[slot]
+            awake = awake_sum[slot]
+            if awake_word[slot]:
+                awake += max(0, now - awake_since[slot])
             # Read in the midst of a change the sum may step back for once: not below what was.
             passed = max(0, awake - vcpu.seen_awake)
             vcpu.seen_awake += passed
             received = max(0, run - vcpu.seen_run)
             vcpu.seen_run += received
             due.append((vcpu, vcpu.share * passed, received))
+            competed.append(passed)
         due = _among_lenders(due)
         wanted = sum(entitled for _vcpu, entitled, _received in due)
         slice_ns = float(self.slice_ns)
@@ -69,11 +81,16 @@ class Ledger:
         granted = self._unspent_ns + sum(received for _vcpu, _entitled, received in due)
         scale = min(1.0, granted / wanted) if wanted else 0.0
         self._unspent_ns = min(granted - wanted * scale, 4 * slice_ns * cpus)
-        for vcpu, entitled, received in due:
+        spread = PERIODS * period_ns if cpus > 1 else 0
+        for (vcpu, entitled, received), passed in zip(due, competed, strict=True):
             vcpu.entitled_ns += entitled * scale
             limit = limits[vcpu.latency]
             lag = vcpu.lag_ns + entitled * scale - received
-            vcpu.lag_ns = max(-limit, min(limit, lag))
+            # Asleep it is no longer owed what its place made it miss, and a debt wears off.
+            slept = elapsed - passed
+            if slept > 0 and lag < 0.0:
+                lag = min(0.0, lag + vcpu.nominal * slept)
+            vcpu.lag_ns = max(-limit - spread, min(limit + (0.0 if slept > AWHILE_NS else spread), lag))
 
     def remember(self) -> None:
         """One more point of the window that `fairness` looks back over."""

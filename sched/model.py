@@ -49,6 +49,7 @@ class VcpuLoad:
     lag_ns: int                    # owed (> 0) or ahead (< 0) over all CPUs, clamped
     cpus: frozenset[int]
     last_cpu: int | None           # where it ran last
+    drift_ns: int = 0              # how its lag has changed since it came there
     mode: str = "software"
 
 

@@ -43,12 +43,12 @@ LOWEST_RATE: Final = 1e-6
 
 class Planner:
     """siblings: the SMT siblings of each host CPU, where known. account: brings the ledger up to
-    date. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without.
+    date. slice_ns: what a run queue may owe for a moment. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without.
     clock: ns; another one where time is simulated. offload: whether long plans may be made in a thread.
     """
 
     def __init__(
-        self, table: Table, cpus: Sequence[int], policy: Policy, *, migrate_resist_ns: int,
+        self, table: Table, cpus: Sequence[int], policy: Policy, *, slice_ns: int, migrate_resist_ns: int,
         siblings: Mapping[int, frozenset[int]],
         account: Callable[[], None],
         send_parcel: Callable[[int, Vcpu], Awaitable[None]],
@@ -57,6 +57,7 @@ class Planner:
     ) -> None:
         self._table = table
         self._cpus = tuple(cpus)
+        self.slice_ns = slice_ns
         self.migrate_resist_ns = migrate_resist_ns
         self._siblings = siblings
         self._tell_split = split
@@ -192,13 +193,15 @@ class Planner:
             slot, vm = vcpu.slot, vcpu.thread.vm
             awake = competing[slot]
             vcpu.share = shares[vm] / count[vm] if awake else 0.0
+            vcpu.nominal = nominal[vm] / (vcpu.thread.siblings + 1)
             want = wants[slot]
             if want == NOBODY or (awake and dispatches):
                 loads.append(VcpuLoad(
                     slot=slot, entitled=vcpu.share or nominal[vm],
                     # Placement turns lag into a higher rate for one period. On a single CPU the
                     # run queue keeps the lag itself, and we plan only when something changes.
-                    lag_ns=round(vcpu.lag_ns) if several else 0,
+                    lag_ns=self._misplaced_ns(vcpu) if several else 0,
+                    drift_ns=round(vcpu.lag_ns - vcpu.came_lag_ns),
                     cpus=self._confined(vcpu), last_cpu=want if want != NOBODY else None,
                     mode=vcpu.thread.mode))
         cpus, period_ns = self._cpus, round(self.period_s * 1e9)
@@ -208,6 +211,11 @@ class Planner:
         began = time.thread_time()
         await self._publish(vcpus, placement, nominal, count)
         self.took_s += took_s + time.thread_time() - began
+
+    def _misplaced_ns(self, vcpu: Vcpu) -> int:
+        """Its lag, but for what is a matter of whose turn it is on its host CPU: that the run queue there makes good."""
+        turn = self.slice_ns / 2
+        return round(vcpu.lag_ns - max(-turn, min(turn, vcpu.lag_ns)))
 
     async def _publish(
         self, vcpus: Sequence[Vcpu], placement: Placement, nominal: Mapping[str, float], count: Mapping[str, int],
@@ -256,6 +264,7 @@ class Planner:
         if (to in self._cpus and not vcpu.leaving and table.holds(vcpu)
                 and table.word(vcpu, "have_cpu") == table.word(vcpu, "want_cpu")):
             table.set(vcpu, "want_cpu", to)
+            vcpu.came_lag_ns = vcpu.lag_ns
             return True
         return False
 

@@ -103,7 +103,7 @@ class Scheduler:
         self._baseline = Baseline(self._table, self._cpus, self._warn, self._unwarn)
         self._ledger = Ledger(self._table, slice_ns, self._batching.most_ns if self._policy.batches else 0)
         self._planner = Planner(
-            self._table, self._cpus, self._policy, migrate_resist_ns=migrate_resist_ns,
+            self._table, self._cpus, self._policy, slice_ns=slice_ns, migrate_resist_ns=migrate_resist_ns,
             siblings=siblings or {}, account=self._account,
             send_parcel=self._crew.send_parcel, split=self._tell_split)
         self._host_cpus = HostCpus(
@@ -319,7 +319,7 @@ class Scheduler:
             self._batching = batching or self._batching
             self._ledger.batch_ns = self._batching.most_ns if self._policy.batches else 0
             self._order = order or self._order
-            self._slice_ns = self._ledger.slice_ns = slice_ns or self._slice_ns
+            self._slice_ns = self._ledger.slice_ns = self._planner.slice_ns = slice_ns or self._slice_ns
             self._ratelimit_ns = min(
                 self._ratelimit_ns if ratelimit_ns is None else ratelimit_ns, self._slice_ns)
             if migrate_resist_ns is not None:
@@ -430,7 +430,7 @@ class Scheduler:
                 self._observer.slices(host.cpu, records)
             if (loan := self._lender.loan) is not None and loan.cpu == host.cpu:
                 loan.note(records)
-        self._ledger.account(time.monotonic_ns(), len(self._cpus))
+        self._ledger.account(time.monotonic_ns(), len(self._cpus), round(self._planner.period_s * 1e9))
 
     def recording(self, reason: str, seconds: float | None = None) -> PackedRecording:
         """The slices of the last `seconds` (None: all that are kept), the newest included."""

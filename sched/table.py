@@ -62,8 +62,10 @@ class Vcpu:
     lent: bool = False               # to a measurement (loan.py)
     at_kernel: tuple[int, frozenset[int]] | None = None     # nice and affinity (baseline.py)
     share: float = 0.0               # entitled, in host CPUs
+    nominal: float = 0.0             # that when all vCPUs want to run
     entitled_ns: float = 0.0
     lag_ns: float = 0.0
+    came_lag_ns: float = 0.0         # what that was when it came to its host CPU
     seen_run: int = 0
     seen_awake: int = 0
     wait_ns: int = 0

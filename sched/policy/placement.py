@@ -13,8 +13,11 @@ How. Start from where everybody is. (1) If that meets the entitlements, only a l
 that does (best fit, decreasing, with bounded backtracking): once found there is nothing more to
 move. (3) Take the most overloaded CPU and make the move or exchange that relieves it most, or
 where affinity bars that a chain of moves, as long as it gains `migrate_resist_ns`. (4) Fill
-idle CPUs from shared ones. A vCPU keeps off CPUs that others, with fewer to choose from, need in
-full (flow.py): what it took there they could never get back.
+idle CPUs from shared ones. (5) Host CPUs do not give VMs the same (the service itself runs on some
+of them). Where (3) cannot make that good, because a vCPU needs about a whole CPU, two CPUs exchange
+what they run once the one's has fallen behind, and the other's got ahead, since it came there. A
+vCPU keeps off CPUs that others, with fewer to choose from, need in full (flow.py): what it took
+there they could never get back.
 Invariants: every vCPU with an allowed CPU is placed on one; rates on a used CPU sum to 1; no
 CPU idles while a vCPU allowed there shares another; a placement that meets the entitlements is
 kept while the lags are; same input, same answer, in any order of the loads.
@@ -45,6 +48,9 @@ _SEARCH: Final = 2_000         # CPUs that the static packing looks at after its
 _TARGETS: Final = 8            # CPUs considered for a vCPU on an overloaded one, least loaded first
 _LATE: Final = 0.25            # of a period: who is owed more is served before the others
 _TRICKLE: Final = 0.125        # least part of its entitlement that a vCPU far ahead still gets
+_UNEVEN: Final = 1 / 3         # of a period: so far apart, vCPUs of two CPUs change places
+_HEAVY: Final = 0.5            # host CPUs: of such there is one on a CPU, and no more lag fits into a period
+_CROWD: Final = 8              # vCPUs that change places at most: with more, smaller steps do
 _STALL: Final = 0.001          # the same beside a late vCPU: next to nothing, rates stay positive
 
 
@@ -78,13 +84,14 @@ def place(
         patience = max(patience, period_ns / 2)
     plan.relieve(patience)
     plan.fill_idle()
+    plan.take_turns()
     return plan.answer()
 
 
 class _Item:
     """One vCPU while its place is being sought."""
 
-    __slots__ = ("allowed", "any", "cpu", "entitled", "home", "late", "slot", "target")
+    __slots__ = ("allowed", "any", "cpu", "drift", "entitled", "home", "lag", "late", "slot", "target")
 
     def __init__(self, load: VcpuLoad, allowed: frozenset[int], period_ns: int) -> None:
         self.slot = load.slot
@@ -92,6 +99,7 @@ class _Item:
         self.entitled = min(1.0, max(load.entitled, 1e-6))
         fair = self.entitled * period_ns
         self.target = min(float(period_ns), max(fair + load.lag_ns, fair * _STALL))
+        self.lag, self.drift = load.lag_ns, load.drift_ns
         self.late = load.lag_ns > _LATE * period_ns
         self.home = load.last_cpu if load.last_cpu in self.any else None
         self.cpu = -1
@@ -212,6 +220,33 @@ class _Plan:
                         self._move(item, to)
                         cpu = to
                     break
+
+    def take_turns(self) -> None:
+        """Let what runs on a host CPU that gives less change places with what runs on one that gives more.
+
+        Who fell behind since it came where it is, and who got ahead, can only be told by that: which CPU
+        gives more is not known here. After an exchange both begin anew, so it takes as long again to the next.
+        """
+        if not all(self.on.values()):
+            return                           # there is room: nobody has to share what is uneven
+        enough = _UNEVEN * self.period / 2
+        heads = {cpu: max(group, key=lambda i: (i.entitled, i.slot)) for cpu, group in self.on.items()
+                 if all(item.home == cpu for item in group)}
+        owed = sorted(heads, key=lambda cpu: (-heads[cpu].lag, cpu))
+        for poor, rich in zip(owed[:len(owed) // 2], reversed(owed), strict=False):
+            one, two = heads[poor], heads[rich]
+            if max(one.entitled, two.entitled) <= _HEAVY:
+                continue
+            alike = abs(one.entitled - two.entitled) <= _SLACK
+            away, back = ([one], [two]) if alike else (self.on[poor][:], self.on[rich][:])
+            if (sum(i.lag for i in away) > enough and sum(i.lag for i in back) < -enough
+                    and sum(i.drift for i in away) > enough and sum(i.drift for i in back) < -enough
+                    and len(away) + len(back) <= _CROWD
+                    and all(rich in item.allowed for item in away) and all(poor in item.allowed for item in back)):
+                for item in away:
+                    self._move(item, rich)
+                for item in back:
+                    self._move(item, poor)
 
     def relieve(self, patience: float) -> None:
         """Bring the most overloaded CPU down, as long as a step gains at least *patience*."""

@@ -147,7 +147,8 @@ class Simulation:
         self._judge = Judge(demands, [thread.spans is None for thread in self.machine.threads], len(self._cpus))
         self._ledger = Ledger(self._table, self._slice_ns, batching.most_ns if self._parts.batches else 0)
         self._planner = Planner(
-            self._table, self._cpus, self._parts, migrate_resist_ns=scheduler.migrate_resist_us * 1000, siblings={},
+            self._table, self._cpus, self._parts, slice_ns=self._slice_ns,
+            migrate_resist_ns=scheduler.migrate_resist_us * 1000, siblings={},
             account=self._account, send_parcel=self._send_parcel, split=lambda _split: None,
             clock=lambda: self.machine.now, offload=False)
         self._inboxes = [_Inbox() for _ in self._cpus]
@@ -249,7 +250,7 @@ class Simulation:
         self.machine.post(self.machine.now + ACCOUNT_NS, self._look)
 
     def _account(self) -> None:
-        self._ledger.account(self.machine.now, len(self._cpus))
+        self._ledger.account(self.machine.now, len(self._cpus), round(self._planner.period_s * 1e9))
 
     def _be_judged(self, _argument: int) -> None:
         for cpu in self.machine.cpus:
