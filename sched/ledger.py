@@ -5,6 +5,10 @@ host's other work took is nobody's debt. So entitled and received add up to the 
 has no drift. It accrues only while the VM competes. VMs that lend their time to a measurement
 (loan.py) are entitled to theirs together; among them each to what the script gave it.
 
+Lag.  A placement cannot give everybody what it is due in each of its periods, so on several host CPUs a vCPU may be
+owed, or ahead by, two periods besides what its run queue lets it come to; that is fed back (planner.py). One that
+sleeps is owed no more than on one CPU, and a debt wears off in its sleep, as in its run queue.
+
 Readings come from the shared table, where dispatchers leave totals; nothing here is lost when a
 dispatcher is replaced or the policy changes. Where it is poor: figures are as old as the last
 account (a tenth of a second, or the last plan).
@@ -33,8 +37,8 @@ TICK_NS: Final = 5_000_000         # how old the kernel's figure for a running t
 
 class Ledger:
     """slice_ns, batch_ns: a lag is clamped to what the policy lets it come to, in both directions: a slice, the credit
-    of its latency class, and where modes are batched twice what a mode may be owed (policy/batch.py). What is clamped
-    off is forgotten, so a narrower clamp would forgive what run queues allowed.
+    of its latency class, where modes are batched twice what a mode may be owed (policy/batch.py), and over several
+    host CPUs what the placement may. What is clamped off is forgotten, so a narrower clamp would forgive that.
     """
 
     def __init__(self, table: Table, slice_ns: int, batch_ns: int = 0) -> None:

@@ -42,9 +42,9 @@ LOWEST_RATE: Final = 1e-6
 
 
 class Planner:
-    """siblings: the SMT siblings of each host CPU, where known. account: brings the ledger up to
-    date. slice_ns: what a run queue may owe for a moment. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without.
-    clock: ns; another one where time is simulated. offload: whether long plans may be made in a thread.
+    """slice_ns: of the run queues. siblings: the SMT siblings of each host CPU, where known. account: brings the
+    ledger up to date. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without. clock: ns;
+    another one where time is simulated. offload: whether long plans may be made in a thread.
     """
 
     def __init__(

@@ -237,12 +237,15 @@ class Simulation:
         dispatcher = self._dispatchers[number]
         due = dispatcher.step(machine.now)
         assert due is not None, "nobody told it to leave"
-        cost = machine.costs.dispatcher_ns
+        cost = self._decision_ns(number)
         dispatcher.note_decision(cost)
         machine.decided(cpu, cost)
         self._decisions += 1
         late = self._late_ns and round(self._late_ns * self._rng[number].lognormvariate(0.0, LATE_SPREAD))
         machine.post(max(due, machine.now + cost) + late, self._step, number)
+
+    def _decision_ns(self, _cpu: int) -> int:
+        return self.machine.costs.dispatcher_ns
 
     def _look(self, _argument: int) -> None:
         """What the supervisor does every tenth of a second."""

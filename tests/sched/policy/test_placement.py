@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -100,6 +101,34 @@ def test_wrong_input_is_refused():
         placed([load(0, 0.5), load(0, 0.5)])
     with pytest.raises(ValueError, match="period_ns"):
         place([], [0], 0, migrate_resist_ns=1)
+
+
+def heavy(slot, entitled, lag_ms, drift_ms, cpu, cpus=(0, 1)):
+    return replace(load(slot, entitled, lag_ms * MS, cpus, cpu), drift_ns=drift_ms * MS)
+
+
+@pytest.mark.parametrize(("loads", "cpus"), [
+    # Each needs a CPU, and CPU 0 gives less: they change places, once they fell apart there.
+    ([heavy(0, 1.0, 9, 9, 0), heavy(1, 1.0, -9, -9, 1)], {0: 1, 1: 0}),
+    # Not yet; already there, and still owed from before; on its way to being even.
+    ([heavy(0, 1.0, 3, 9, 0), heavy(1, 1.0, -3, -9, 1)], {0: 0, 1: 1}),
+    ([heavy(0, 1.0, 9, 0, 0), heavy(1, 1.0, -9, 0, 1)], {0: 0, 1: 1}),
+    ([heavy(0, 1.0, 9, -9, 0), heavy(1, 1.0, -9, 9, 1)], {0: 0, 1: 1}),
+    # Beside small ones only the large ones move.
+    ([heavy(0, 0.99, 9, 9, 0), heavy(1, 0.99, -9, -9, 1), heavy(2, 0.01, 0, 0, 0), heavy(3, 0.01, 0, 0, 1)],
+     {0: 1, 1: 0, 2: 0, 3: 1}),
+    # One against several: all of them.
+    ([heavy(0, 1.0, 9, 9, 0), *(heavy(slot, 0.25, -3, -3, 1) for slot in range(1, 5))], {0: 1, 1: 0, 2: 0, 3: 0, 4: 0}),
+    # Affinity.
+    ([heavy(0, 1.0, 9, 9, 0, (0,)), heavy(1, 1.0, -9, -9, 1)], {0: 0, 1: 1}),
+])
+def test_what_needs_a_whole_cpu_takes_turns_on_one_that_gives_less(loads, cpus):
+    assert placed(loads).cpu == cpus
+
+
+def test_nobody_takes_turns_where_a_cpu_is_free():
+    loads = [heavy(0, 1.0, 9, 9, 0, (0, 1, 2)), heavy(1, 1.0, -9, -9, 1, (0, 1, 2))]
+    assert placed(loads, [0, 1, 2]).cpu == {0: 0, 1: 1}
 
 
 # -- on the bench: both levels together ------------------------------------------------------

@@ -14,6 +14,7 @@ from mixvisor.config.scenario import Scenario
 from mixvisor.sched.policy import POLICIES
 from mixvisor.sched.simulate import PolicyResult, ScenarioRefused, Simulation
 
+MODES = ("software", "hardware")
 EXACT = {"dispatcher_us": 0, "late_us": 0}
 
 
@@ -84,6 +85,45 @@ def test_three_equal_vms_on_two_cpus_have_two_thirds_each() -> None:
     assert found.groups[0].received_least == pytest.approx(2 / 3, abs=0.01)
     assert found.groups[0].received_most == pytest.approx(2 / 3, abs=0.01)
     assert found.migrations_per_s > 1
+
+
+class Uneven(Simulation):
+    """A host whose CPU 0 gives VMs less than the others: other work runs there."""
+
+    TAKEN = 0.03
+
+    def _decision_ns(self, cpu: int) -> int:
+        return round(self.TAKEN * self._slice_ns) if cpu == 0 else 0
+
+
+WEIGHTS = [(1, 1), (1, 3), (1, 2, 4, 8), (100, 1), (1, 1, 1), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("slice_us", [2000, 5000, 10_000])
+@pytest.mark.parametrize("weights", [*WEIGHTS, *(weights * 2 for weights in WEIGHTS[:4])])
+def test_shares_over_two_cpus_hold_within_three_in_a_thousand_also_where_one_gives_less(
+    weights: tuple[int, ...], slice_us: int,
+) -> None:
+    """Found: lags were clamped to a slice, and what a period withheld beyond it was forgotten (2:3:4 at 2 ms: 11 %);
+    and nothing was done about a CPU that gives less (1.5 %).
+    """
+    scale = 1 if max(weights) == 100 else 100
+    mix = [{"weight": weight * scale, "mode": MODES[n % 2]} for n, weight in enumerate(weights)]
+    for kind in (Simulation, Uneven):
+        simulation = kind(scenario(mix, cpus=2, scheduler={"slice_us": slice_us}), "fair")
+        found = simulation.run(10.0).result()
+        simulation.close()
+        assert found.share_error_most is not None
+        assert found.share_error_most <= 0.003
+        assert found.idle < 0.005
+
+
+def test_a_nap_on_one_of_several_cpus_forgives_nothing_and_earns_nothing() -> None:
+    """Three VMs on two CPUs, so that who is ahead and who is owed changes all the time, and one of them naps."""
+    for script in ([[29_000, 1_000]], [[24_900, 100]], [[60_000, 5_000]]):
+        found = simulated(scenario([{"script": script}, {"count": 2}], cpus=2, **EXACT), seconds=6.0)
+        assert found.groups[0].received <= 2 / 3 + 0.005
+        assert found.groups[1].received_least >= 2 / 3 - 0.01
 
 
 def test_an_alternation_of_two_modes_costs_what_the_model_says() -> None:
