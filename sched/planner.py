@@ -213,7 +213,7 @@ class Planner:
         self.took_s += took_s + time.thread_time() - began
 
     def _misplaced_ns(self, vcpu: Vcpu) -> int:
-        """Its lag, but for what is a matter of whose turn it is on its host CPU: that the run queue there makes good."""
+        """Its lag, but for what is a matter of whose turn it is: that its run queue makes good by itself."""
         turn = self.slice_ns / 2
         return round(vcpu.lag_ns - max(-turn, min(turn, vcpu.lag_ns)))
 
