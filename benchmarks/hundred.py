@@ -1,5 +1,5 @@
-"""Many VMs of little memory on two CPUs: start, run fairly, be scraped, stop. A hundred software VMs, all busy, if not told
-otherwise; `--vms 1000 --busy 50 --modes both` has a thousand of which all but fifty sleep.
+"""Many VMs of little memory on two CPUs: start, run fairly, be scraped, stop. A hundred software VMs, all busy, if not
+told otherwise; `--vms 1000 --busy 50 --modes both` has a thousand of which all but fifty sleep.
 
 The busy ones have weights 1, 2 and 3 in turn; the others mask the timer and halt. Fairness is Jain's index of received
 over entitled CPU time, and the worst |received - due| in percent of one host CPU, due being a part of what the busy
@@ -48,12 +48,17 @@ def used_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def set_kib(pid: int | str, name: str) -> int:
-    """Rss or Pss of a process; 0: it has ended, or may not be looked at."""
+def text_of(path: str) -> str:
+    """Nothing, where the process has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return Path(path).read_text()
     except OSError:
-        return 0
+        return ""
+
+
+def set_kib(pid: int | str, name: str) -> int:
+    """Rss or Pss of a process."""
+    lines = text_of(f"/proc/{pid}/smaps_rollup").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
@@ -62,20 +67,17 @@ def proportional_kib() -> dict[str, list[int]]:
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                text = (entry / "stat").read_text()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(text[text.rindex(")") + 2:].split()[1])
+            text = text_of(f"{entry}/stat")
+            if text:
+                parents[int(entry.name)] = int(text[text.rindex(")") + 2:].split()[1])
     found: dict[str, list[int]] = defaultdict(list)
     for pid in parents:
         above = pid
         while above in parents and above != os.getpid():
             above = parents[above]
         if above == os.getpid() and pid != above:
-            name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-            kind = "workers" if name.startswith("mixvisor:vm") else "helpers"
-            found[kind].append(set_kib(pid, "Pss"))
+            name = text_of(f"/proc/{pid}/comm")
+            found["workers" if name.startswith("mixvisor:vm") else "helpers"].append(set_kib(pid, "Pss"))
     return found
 
 
