@@ -189,8 +189,10 @@ class Scheduler:
             raise AdmissionRefused(refusal)
         try:
             generation = table.put(thread).generation
-        except OSError as error:
+        except (FileNotFoundError, ProcessLookupError) as error:
             raise AdmissionRefused(f"VM {thread.vm!r}: its process has ended") from error
+        except OSError as error:
+            raise AdmissionRefused(f"VM {thread.vm!r}: its CPU time cannot be read: {error.strerror}") from error
         self._recorder.name(generation, thread.vm)
         if self._observer is not None:
             self._observer.named(generation, thread.vm)

@@ -45,6 +45,7 @@ from ..vm.modes import ModeDecision, ModeRefusal, plan
 from ..vm.worker.protocol import WorkerSpec
 from .backend import Action, Conflict, NotFound, ServiceError, Unusable
 from .children import open_zygote
+from .limits import processes_left, raise_open_files, shortage
 from .loans import Loans
 from .machine import Machine, MachineContext
 from .measured import Measured
@@ -160,6 +161,7 @@ class Service:
         """
         state = StateDir(self._state_path)
         try:
+            self._raise_limits()
             self._measured.recall()
             with self._off_the_vm_cpus():
                 async with trio.open_nursery() as servers:
@@ -304,6 +306,15 @@ class Service:
             os.sched_setaffinity(0, before)
             if os.getpriority(os.PRIO_PROCESS, 0) != nice:
                 os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+    def _raise_limits(self) -> None:
+        """Before the zygote's start: dispatchers hold descriptors of every VM too."""
+        vms = self.config.vms
+        short = shortage(
+            vms=len(vms), vcpus=sum(vm.vcpus for vm in vms), disks=sum(len(vm.drives) for vm in vms),
+            cpus=len(self.vm_cpus), open_files=raise_open_files(), processes=processes_left())
+        if short is not None:
+            self.board.put("limits-low", "warning", *short)
 
     def _lift_priority(self) -> None:
         """Wake on time on a full host. After the zygote's start: VMs must not inherit it."""

@@ -137,6 +137,11 @@ KINDS: Final[Mapping[str, Kind]] = {kind.code: kind for kind in (
          "Leave one out of `[host] cpus`."),
     Kind("supervisor-priority", "info", "The supervisor may not raise its own priority.",
          "On a full host it may wake late.", "Grant CAP_SYS_NICE (systemd: `AmbientCapabilities=CAP_SYS_NICE`)."),
+    Kind("limits-low", "warning",
+         "The VMs of the configuration need more open files or processes than the kernel allows.",
+         "Some of them will not start. The soft limit of open files has been raised to the hard one already.",
+         "Raise what is named: `LimitNOFILE=` and `TasksMax=` of the systemd unit, `ulimit -Hn`, `ulimit -u`, "
+         "`pids.max` of the cgroup; or run fewer VMs."),
     Kind("disk-failed", "warning",
          "The host could not read or write a disk of a VM (`disk-failed:NAME`): its file system is full, its medium "
          "fails, or a sector of an overlay is not what its checksum says.",

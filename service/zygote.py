@@ -36,6 +36,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Final
 
+from .limits import explain
+
 __all__ = ["KINDS", "MAX_DESCRIPTORS", "main"]
 
 MAX_DESCRIPTORS: Final = 16
@@ -143,7 +145,9 @@ def serve(link: socket.socket) -> None:
                 link.send(json.dumps({"status": status}).encode())
             else:
                 raise ValueError(f"unknown operation {request['op']!r}")
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
+            link.send(json.dumps({"error": explain(error)}).encode())
+        except (ValueError, KeyError) as error:
             link.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         finally:
             for fd in fds:
