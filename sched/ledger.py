@@ -52,7 +52,7 @@ class Ledger:
     def account(self, now: int, cpus: int, period_ns: int = 0) -> None:
         """Bill what was received on *cpus* host CPUs, accrue what was due. Idempotent.
 
-        *period_ns*: of the placement, 0 where there is none.
+        *period_ns*: of the placement, 0 where there is none of ours.
         """
         table = self._table
         owned, charged, first_run, awake_word, awake_since, awake_sum = map(table.column, (
@@ -89,6 +89,7 @@ class Ledger:
         for (vcpu, entitled, received), passed in zip(due, competed, strict=True):
             vcpu.entitled_ns += entitled * scale
             limit = limits[vcpu.latency]
+            vcpu.drift_ns += entitled * scale - received
             lag = vcpu.lag_ns + entitled * scale - received
             # Asleep it is no longer owed what its place made it miss, and a debt wears off.
             slept = elapsed - passed

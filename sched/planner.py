@@ -42,14 +42,15 @@ LOWEST_RATE: Final = 1e-6
 
 
 class Planner:
-    """slice_ns: of the run queues. siblings: the SMT siblings of each host CPU, where known. account: brings the
-    ledger up to date. send_parcel: a vCPU's pages to its next CPU. split: told the partition, None without. clock: ns;
-    another one where time is simulated. offload: whether long plans may be made in a thread.
+    """slice_ns: of the run queues. siblings, caches: who shares a core, and who a last-level cache, with each host
+    CPU, where known. account: brings the ledger up to date. send_parcel: a vCPU's pages to its next CPU. split: told
+    the partition, None without. clock: ns; another one where time is simulated. offload: whether long plans may be
+    made in a thread.
     """
 
     def __init__(
         self, table: Table, cpus: Sequence[int], policy: Policy, *, slice_ns: int, migrate_resist_ns: int,
-        siblings: Mapping[int, frozenset[int]],
+        siblings: Mapping[int, frozenset[int]], caches: Mapping[int, frozenset[int]],
         account: Callable[[], None],
         send_parcel: Callable[[int, Vcpu], Awaitable[None]],
         split: Callable[[Split | None], None],
@@ -59,7 +60,7 @@ class Planner:
         self._cpus = tuple(cpus)
         self.slice_ns = slice_ns
         self.migrate_resist_ns = migrate_resist_ns
-        self._siblings = siblings
+        self._siblings, self._caches = siblings, caches
         self._tell_split = split
         self._clock = clock
         self.adopt(policy)
@@ -80,9 +81,17 @@ class Planner:
     def adopt(self, policy: Policy) -> None:
         """Plan by *policy* from now on."""
         self._policy = policy
-        self._partition = Partition(cores_of(self._cpus, self._siblings)) if policy.partitions else None
+        for vcpu in self._table:
+            vcpu.drift_ns = 0.0          # what another policy made of it says nothing of its place
+        self._partition = (
+            Partition(cores_of(self._cpus, self._siblings, self._caches)) if policy.partitions else None)
         self._split: Split | None = None
         self._split_ns = self._clock()
+
+    @property
+    def period_ns(self) -> int:
+        """Of the placement; 0 where the kernel places."""
+        return round(self.period_s * 1e9) if self._policy.dispatches else 0
 
     def follow_cpus(self, cpus: Iterable[int]) -> None:
         """Plan for these host CPUs from now on: some went or came back."""
@@ -201,7 +210,7 @@ class Planner:
                     # Placement turns lag into a higher rate for one period. On a single CPU the
                     # run queue keeps the lag itself, and we plan only when something changes.
                     lag_ns=self._misplaced_ns(vcpu) if several else 0,
-                    drift_ns=round(vcpu.lag_ns - vcpu.came_lag_ns),
+                    drift_ns=round(vcpu.drift_ns),
                     cpus=self._confined(vcpu), last_cpu=want if want != NOBODY else None,
                     mode=vcpu.thread.mode))
         cpus, period_ns = self._cpus, round(self.period_s * 1e9)
@@ -264,7 +273,7 @@ class Planner:
         if (to in self._cpus and not vcpu.leaving and table.holds(vcpu)
                 and table.word(vcpu, "have_cpu") == table.word(vcpu, "want_cpu")):
             table.set(vcpu, "want_cpu", to)
-            vcpu.came_lag_ns = vcpu.lag_ns
+            vcpu.drift_ns = 0.0
             return True
         return False
 

@@ -66,7 +66,7 @@ class Scheduler:
     cpus: host CPUs that VMs may use. dispatch: auto or one of linux.KINDS. spawn: makes
     processes (service/children.py). warn: told what an operator should know; unwarn: the code of
     what is no longer so. usable_cpus: which host CPUs are there now (hostcpus.py). policy: one of policy.POLICIES.
-    siblings: SMT siblings of each host CPU.
+    siblings, caches: who shares a core, and who a last-level cache, with each host CPU.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Scheduler:
         guard_timeout_ns: int = GUARD_TIMEOUT_NS, policy: str = "fair",
         batching: Batching | None = None, order: Order | None = None,
         observer: SliceObserver | None = None, siblings: Mapping[int, frozenset[int]] | None = None,
+        caches: Mapping[int, frozenset[int]] | None = None,
         usable_cpus: Callable[[], frozenset[int]] = usable_cpus,
     ) -> None:
         if not cpus:
@@ -104,7 +105,7 @@ class Scheduler:
         self._ledger = Ledger(self._table, slice_ns, self._batching.most_ns if self._policy.batches else 0)
         self._planner = Planner(
             self._table, self._cpus, self._policy, slice_ns=slice_ns, migrate_resist_ns=migrate_resist_ns,
-            siblings=siblings or {}, account=self._account,
+            siblings=siblings or {}, caches=caches or {}, account=self._account,
             send_parcel=self._crew.send_parcel, split=self._tell_split)
         self._host_cpus = HostCpus(
             self._table, self._crew, self._planner, self._cpus, usable=usable_cpus, refused=self._reservations_refused,
@@ -432,7 +433,7 @@ class Scheduler:
                 self._observer.slices(host.cpu, records)
             if (loan := self._lender.loan) is not None and loan.cpu == host.cpu:
                 loan.note(records)
-        self._ledger.account(time.monotonic_ns(), len(self._cpus), round(self._planner.period_s * 1e9))
+        self._ledger.account(time.monotonic_ns(), len(self._cpus), self._planner.period_ns)
 
     def recording(self, reason: str, seconds: float | None = None) -> PackedRecording:
         """The slices of the last `seconds` (None: all that are kept), the newest included."""

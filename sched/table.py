@@ -65,7 +65,7 @@ class Vcpu:
     nominal: float = 0.0             # that when all vCPUs want to run
     entitled_ns: float = 0.0
     lag_ns: float = 0.0
-    came_lag_ns: float = 0.0         # what that was when it came to its host CPU
+    drift_ns: float = 0.0            # entitled - received since it came to its host CPU, not clamped
     seen_run: int = 0
     seen_awake: int = 0
     wait_ns: int = 0

@@ -204,6 +204,7 @@ class Service:
                 cpus=self.vm_cpus, dispatch=self.config.host.dispatch,
                 spawn=zygote.spawn, warn=scheduler_warns, unwarn=self.board.clear,
                 observer=self.measuring, siblings={cpu.cpu: frozenset(cpu.siblings) for cpu in self.facts.topology},
+                caches={cpu.cpu: frozenset(cpu.cache) for cpu in self.facts.topology},
                 **scheduler_settings(self.scheduling, self.measuring.told))
             self._cost_used = crossing_cost(self.scheduling, self.measuring.told)
             try:

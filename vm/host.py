@@ -53,6 +53,7 @@ class CpuFacts:
     core: int
     socket: int
     siblings: tuple[int, ...]      # hardware threads of the same core, itself included
+    cache: tuple[int, ...]         # CPUs behind the same last-level cache, itself included
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,16 @@ def _topology(root: Path, cpu: int) -> CpuFacts:
         core=number(text(folder / "core_id"), cpu),
         socket=max(0, number(text(folder / "physical_package_id"), 0)),   # -1: unknown
         siblings=siblings or (cpu,),
+        cache=_last_cache(root, cpu) or siblings or (cpu,),
     )
+
+
+def _last_cache(root: Path, cpu: int) -> tuple[int, ...]:
+    """Who shares the CPU's cache of the highest level; nobody, where that is not told."""
+    caches = (root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*")
+    told = [(number(text(one / "level"), 0), cpu_list(text(one / "shared_cpu_list"))) for one in caches
+            if text(one / "type").strip() != "Instruction"]
+    return max(told, default=(0, ()))[1]
 
 
 def _privileges(root: Path, status: str) -> Privileges:

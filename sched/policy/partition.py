@@ -2,9 +2,10 @@
 
 Theory.  A step before entitlement and placement: it says which host CPUs a mode may use, and the
 rest is policy/entitlement.py and policy/placement.py on narrower affinities. What is given away
-is a whole core with all its SMT siblings, since siblings share what mixing costs. Software has
-the lowest-numbered cores and hardware the others, so one number says it all, sockets and caches
-stay together, and a change moves one core at the border.
+is a whole core with all its SMT siblings, since siblings share what mixing costs. The cores stand
+in a row, those behind one last-level cache side by side; software has the first of them and hardware
+the others, so one number says it all, at most one cache serves both, and a change moves one core
+at the border.
 
 Demand is what the modes' competing VMs are entitled to without a partition, smoothed over
 SMOOTH_NS; a mode's part of the CPUs follows its part of the demand. Hysteresis: the border moves
@@ -64,21 +65,25 @@ class Split:
 
 
 def cores_of(
-    cpus: Iterable[int], siblings: Mapping[int, frozenset[int]]
+    cpus: Iterable[int], siblings: Mapping[int, frozenset[int]], caches: Mapping[int, frozenset[int]] | None = None,
 ) -> tuple[frozenset[int], ...]:
-    """*cpus* by core, lowest first; a CPU without known siblings is a core of its own."""
+    """*cpus* by core, in the row that the border divides: by last-level cache, lowest first.
+
+    A CPU without known siblings is a core of its own, and one without a known cache comes by its number.
+    """
     left = frozenset(cpus)
+    behind = caches or {}
     cores: list[frozenset[int]] = []
     while left:
         lowest = min(left)
         core = siblings.get(lowest, frozenset[int]()) & left
         cores.append(core | {lowest})
         left -= cores[-1]
-    return tuple(cores)
+    return tuple(sorted(cores, key=lambda core: (min(behind.get(min(core), core)), min(core))))
 
 
 class Partition:
-    """The border and what it remembers. *modes*: the first has the lowest-numbered cores."""
+    """The border and what it remembers. *modes*: the first has the first cores of the row."""
 
     def __init__(
         self, cores: Sequence[frozenset[int]], modes: tuple[str, str] = ("software", "hardware"),

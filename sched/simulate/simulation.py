@@ -148,7 +148,7 @@ class Simulation:
         self._ledger = Ledger(self._table, self._slice_ns, batching.most_ns if self._parts.batches else 0)
         self._planner = Planner(
             self._table, self._cpus, self._parts, slice_ns=self._slice_ns,
-            migrate_resist_ns=scheduler.migrate_resist_us * 1000, siblings={},
+            migrate_resist_ns=scheduler.migrate_resist_us * 1000, siblings={}, caches={},
             account=self._account, send_parcel=self._send_parcel, split=lambda _split: None,
             clock=lambda: self.machine.now, offload=False)
         self._inboxes = [_Inbox() for _ in self._cpus]
@@ -253,7 +253,7 @@ class Simulation:
         self.machine.post(self.machine.now + ACCOUNT_NS, self._look)
 
     def _account(self) -> None:
-        self._ledger.account(self.machine.now, len(self._cpus), round(self._planner.period_s * 1e9))
+        self._ledger.account(self.machine.now, len(self._cpus), self._planner.period_ns)
 
     def _be_judged(self, _argument: int) -> None:
         for cpu in self.machine.cpus:

@@ -113,11 +113,17 @@ def test_cpus_memory_and_topology_are_read(tmp_path: Path) -> None:
         folder = f"sys/devices/system/cpu/cpu{cpu}/topology"
         files |= {f"{folder}/core_id": f"{core}\n", f"{folder}/physical_package_id": f"{socket}\n",
                   f"{folder}/thread_siblings_list": f"{siblings}\n"}
+    for at, (level, kind, shared) in enumerate([(1, "Data", "0-1"), (1, "Instruction", "0-1"), (3, "Unified", "0-2")]):
+        folder = f"sys/devices/system/cpu/cpu2/cache/index{at}"
+        files |= {f"{folder}/level": f"{level}\n", f"{folder}/type": f"{kind}\n",
+                  f"{folder}/shared_cpu_list": f"{shared}\n"}
     facts = host(tmp_path, INTEL, answers(12), **files)
     assert facts.online_cpus == (0, 1, 2, 5)
     assert facts.cpus == (1, 2, 5)
     assert [(cpu.core, cpu.socket, cpu.siblings) for cpu in facts.topology] == [
         (0, 0, (0, 1)), (0, 0, (0, 1)), (1, 0, (2,)), (0, 1, (5,))]
+    # Where no cache is told, the core's siblings are the least that share one.
+    assert [cpu.cache for cpu in facts.topology] == [(0, 1), (0, 1), (0, 1, 2), (5,)]
     assert (facts.memory_bytes, facts.memory_available_bytes) == (2 << 20, 1 << 20)
     assert facts.kernel == "6.1.0-test"
     assert (facts.limits.online_cpus, facts.limits.memory_bytes) == ((1, 2, 5), 2 << 20)

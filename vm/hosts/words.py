@@ -109,6 +109,9 @@ def _cpus_sentence(facts: HostFacts) -> str:
             f"{cores} core{'s' if cores != 1 else ''}")
     if sockets > 1:
         text += f" in {sockets} sockets"
+    caches = len({cpu.cache for cpu in facts.topology})
+    if caches > sockets:
+        text += f", with {caches} last-level caches"
     if facts.cpus != facts.online_cpus:
         text += f"; this process may use {format_cpus(facts.cpus)}"
     if count == 1:
