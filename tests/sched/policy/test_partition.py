@@ -129,6 +129,15 @@ def test_smt_siblings_stay_together():
     assert cores_of([1, 5, 6, 9], siblings) == (frozenset({1, 5}), frozenset({6}), frozenset({9}))
 
 
+def test_cores_behind_one_cache_stand_side_by_side_so_at_most_one_cache_serves_both_modes():
+    siblings = {cpu: frozenset({cpu, cpu ^ 4}) for cpu in range(8)}
+    caches = {cpu: frozenset(range(cpu % 2, 8, 2)) for cpu in range(8)}       # CPUs numbered in turn over the sockets
+    cores = cores_of(range(8), siblings, caches)
+    assert cores == (frozenset({0, 4}), frozenset({2, 6}), frozenset({1, 5}), frozenset({3, 7}))
+    split = Partition(cores).update([tenant("s", "software", 4), tenant("h", "hardware", 4)], 0)
+    assert (split.cpus["software"], split.cpus["hardware"]) == ({0, 2, 4, 6}, {1, 3, 5, 7})
+
+
 def test_a_core_changes_sides_for_a_vm_that_can_run_nowhere_else():
     tenants = [tenant("s", "software", 3), tenant("pinned", "hardware", 1, cpus=[0])]
     split = Partition(single(4)).update(tenants, 0)

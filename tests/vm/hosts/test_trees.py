@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mixvisor.sched.policy import cores_of
 from mixvisor.vm.host import HostFacts, KvmAnswers, explain
 from mixvisor.vm.hosts.files import kernel_log, model_register, switched_on
 from mixvisor.vm.hosts.kvm import ask_kvm
@@ -191,3 +192,15 @@ def test_the_kvm_of_this_host_answers_for_itself() -> None:
     assert found.vcpus_max is not None
     assert found.vcpus_max >= 1
     assert found.long_mode is not None
+
+
+def test_who_shares_a_core_and_who_a_last_level_cache_is_read(host: Host) -> None:
+    facts = read(host("two-sockets"), WORKS)
+    where = {cpu.cpu: cpu for cpu in facts.topology}
+    assert [where[cpu].socket for cpu in range(8)] == [0, 1] * 4
+    assert (where[3].siblings, where[3].cache) == ((3, 7), (1, 3, 5, 7))
+    assert (where[4].siblings, where[4].cache) == ((0, 4), (0, 2, 4, 6))
+    assert "8 online CPUs (0-7) on 4 cores in 2 sockets" in explain(facts)[0]
+    siblings = {cpu.cpu: frozenset(cpu.siblings) for cpu in facts.topology}
+    caches = {cpu.cpu: frozenset(cpu.cache) for cpu in facts.topology}
+    assert cores_of(facts.online_cpus, siblings, caches) == ({0, 4}, {2, 6}, {1, 5}, {3, 7})
