@@ -142,6 +142,7 @@ async def main() -> None:
            *((f"scrape by a client {how}, {what} ms", of(scrapes[kind]))
              for kind, how in (("lifted", "at the supervisor's priority"), ("beside", "that competes with the VMs"))
              for what, of in (("median", median), ("max", max))),
+           ("errors of scheduling", dict(snapshot.scheduler.errors) or "none"),
            ("supervisor, % of a CPU", 100 * used / passed),
            ("a decision, p50 µs", median(decisions)), ("a decision, p99 µs", quantile(decisions, 0.99)),
            ("supervisor, resident MiB", memory["rss"]), ("supervisor, proportional MiB", memory["pss"]),

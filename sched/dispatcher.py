@@ -10,7 +10,8 @@ for the next; move threads between levels (linux.py) only where something change
 
 Accounting.  Where the picked thread's run time explains the time that passed, nobody else ran
 and nobody else is read, except a few in turn, so that each is read about every 250 ms. Where it
-does not, all are read. Nothing is lost in either case: readings are totals.
+does not, all are read; of more than `AT_ONCE` sleepers so many in turn, and only if those that are awake do
+not explain it either. Nothing is lost in any case: readings are totals.
 
 Sleepers.  A vCPU is asleep when its status page says so and it is not computing; without a
 page, when it did not run and the kernel says that it waits. A sleeper is never picked
@@ -75,6 +76,7 @@ __all__ = ["Dispatcher", "Inbox", "Parcel", "Settings"]
 IDLE_TICK_NS: Final = 5_000_000          # nobody awake: how soon a waker is noticed
 AWAITED_TICK_NS: Final = 200_000         # nobody here, and one is on the way from another host CPU
 UNEXPLAINED_NS: Final = 150_000          # of a slice: interrupts, the timer, our own work
+AT_ONCE: Final = 64                      # sleepers that are read after one slice
 READ_ALL_WITHIN_NS: Final = 250_000_000  # each thread is read at least this often
 COMPUTING: Final = 4                     # asleep by its own word, yet ran over 1/4 of the time
 READY: Final = 4                         # waiting vCPUs that a breath's end lets go on
@@ -336,10 +338,7 @@ class Dispatcher:
         others = _NOTHING
         explained = elapsed - run <= UNEXPLAINED_NS + self._decision
         if not explained:
-            others = [0, 0]
-            for vcpu in self._order:
-                if vcpu is not pick:
-                    others[vcpu.mode] += self._charge(vcpu)
+            others = self._charge_others(elapsed - run)
         elif len(self._order) > 1:
             self._credit += elapsed * len(self._order)
             while self._credit >= READ_ALL_WITHIN_NS:
@@ -375,6 +374,25 @@ class Dispatcher:
             pick.mode, run, others[0], others[1], self._slice_progress, progress,
             self._slice_edge_late, self._slice_breath, self._decision, flags)
         return explained
+
+    def _charge_others(self, unexplained: int) -> list[int]:
+        """Bill whoever may have run beside the pick; returns what they did, by mode."""
+        pick, order = self._pick, self._order
+        others = [0, 0]
+        few = len(order) <= AT_ONCE
+        for vcpu in order:
+            if vcpu is not pick and (few or vcpu.awake or vcpu.watched):
+                others[vcpu.mode] += self._charge(vcpu)
+        if few:
+            return others
+        for _ in range(AT_ONCE):
+            if unexplained - others[0] - others[1] <= UNEXPLAINED_NS + self._decision:
+                break
+            self._turn = (self._turn + 1) % len(order)
+            vcpu = order[self._turn]
+            if vcpu is not pick and not vcpu.awake:
+                others[vcpu.mode] += self._charge(vcpu)
+        return others
 
     # -- who is here -------------------------------------------------------------------------
 
@@ -604,8 +622,13 @@ class Dispatcher:
         """Who competes from now on."""
         elapsed = now - self._slice_start
         if not explained:
+            few = len(self._order) <= AT_ONCE
             for vcpu in self._order:
-                if not vcpu.paused:
+                if vcpu.paused:
+                    continue
+                # Of many sleepers only those that did anything are worth a look.
+                if few or vcpu.awake or vcpu.ran or vcpu.watched or (
+                        vcpu.status is not None and vcpu.status[_PHASE] not in _SLEEPING):
                     self._look(vcpu, now, elapsed)
             return
         pick = self._pick

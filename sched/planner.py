@@ -35,6 +35,7 @@ BALANCE_MAX_S: Final = 0.5
 BALANCE_PART: Final = 30           # of our time at most 1/30 goes into planning
 SHARES_KEPT: Final = 8
 STEAL_S: Final = 0.01              # how often idle host CPUs are looked for between plans
+PLAN_PAUSE: Final = 3              # times as long as a plan took, with very many, until one that is asked for
 OFFLOAD_FROM: Final = 400          # vCPUs: a placement of fewer takes some milliseconds
 _Asks = tuple[tuple[str, int, float, float, int, frozenset[int]], ...]     # VmDemand's fields, cheap to compare
 _Timed = tuple[Placement, float]
@@ -179,9 +180,17 @@ class Planner:
                 self.period_s = max(BALANCE_S, min(BALANCE_MAX_S, self.took_s * BALANCE_PART))
 
     async def plan(self) -> None:
-        """Entitlements and placement of now, published; parcels go ahead of their vCPUs."""
+        """Entitlements and placement of now, published; parcels go ahead of their vCPUs.
+
+        With many vCPUs a plan serves all who asked for one since the last: VMs that start by the hundred do
+        not plan for each.
+        """
+        wanted = self.plans + 1
+        if self._offload and len(self._table) >= OFFLOAD_FROM:
+            await trio.sleep(PLAN_PAUSE * self.took_s)
         async with self._planning:
-            await self._plan()
+            if self.plans < wanted:
+                await self._plan()
 
     async def _plan(self) -> None:
         table, began = self._table, time.thread_time()

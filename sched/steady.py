@@ -41,6 +41,7 @@ __all__ = ["Calls", "Steady", "load"]
 
 VERSION: Final = 7
 _POLICIES_MAX: Final = 12
+WORTH: Final = 16                  # vCPUs whose numbers are copied to C and back in the time that a step there saves
 _word = ctypes.c_int64
 _double = ctypes.c_double
 _pointer = ctypes.c_void_p
@@ -171,6 +172,7 @@ class Steady:
         g.sleeping[:] = [*dispatcher.SLEEPING, *[-1] * (8 - len(dispatcher.SLEEPING))]
         g.breathes = dispatcher._breathes
         self._room = 0
+        self._rest = 0                       # Python's steps until C takes some again
 
     def _fields(self, dispatcher: Dispatcher) -> _Fields:
         at = _Fields(
@@ -205,6 +207,9 @@ class Steady:
         """Whether the next step may be a usual one. Cheap: asked before every sleep."""
         d = self._dispatcher
         pick = d._pick
+        if self._rest:
+            self._rest -= 1
+            return False
         return (
             pick is not None and pick.awake and pick.clock is not None and not d._capped and not d._watched
             and not d._relevel and not d._retry and not d._plain and type(d._queue) in (Runqueue, BatchRunqueue))
@@ -218,8 +223,12 @@ class Steady:
         g = self._g
         self._load()
         g.earlier_cpu_ns, g.limit, g.error = earlier_cpu_ns, limit, 0
+        before = g.steps
         self._run(g)
         self._store()
+        # With many vCPUs the way to C and back costs what some steps there save: after fewer, not at once again.
+        worth = len(self._dispatcher._order) // WORTH
+        self._rest = worth if g.steps - before < worth else 0
         if g.error:
             raise OSError(g.error, os.strerror(g.error))
         return g.now or None

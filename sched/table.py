@@ -87,6 +87,7 @@ class Table:
         self.home = tuple(home)
         self.shared: Shared | None = None        # between `open` and `close`
         self._vcpus: dict[tuple[str, int], Vcpu] = {}
+        self._of: dict[str, list[Vcpu]] = {}     # the same, by VM
         self._free: list[int] = []
         self._generation = 0
 
@@ -115,7 +116,7 @@ class Table:
 
     def of(self, vm: str) -> list[Vcpu]:
         """The vCPUs of a VM."""
-        return [vcpu for vcpu in self._vcpus.values() if vcpu.vm == vm]
+        return list(self._of.get(vm, ()))
 
     def holds(self, vcpu: Vcpu) -> bool:
         """False: given back meanwhile, by another release or because scheduling ended under us."""
@@ -146,6 +147,7 @@ class Table:
             self.set(vcpu, name, value)
         self.shared.set("used_slots", max(self.shared.get("used_slots"), slot + 1))
         self._vcpus[thread.vm, thread.index] = vcpu
+        self._of.setdefault(thread.vm, []).append(vcpu)
         return vcpu
 
     def forget(self, vcpu: Vcpu) -> None:
@@ -158,7 +160,10 @@ class Table:
             os.close(vcpu.stat_fd)
             vcpu.stat_fd = -1
         self._free.append(vcpu.slot)
-        self._vcpus.pop((vcpu.vm, vcpu.thread.index), None)
+        if self._vcpus.pop((vcpu.vm, vcpu.thread.index), None) is not None:
+            self._of[vcpu.vm].remove(vcpu)
+            if not self._of[vcpu.vm]:
+                del self._of[vcpu.vm]
 
     # -- words -------------------------------------------------------------------------------
 

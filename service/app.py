@@ -347,7 +347,7 @@ class Service:
     def _changed(self) -> None:
         """A VM moved along its life: what is true of the running set may have changed."""
         self._cached = None
-        self.mixed.update()
+        self.mixed.changed(len(self._machines))
 
     # -- what mixing costs ----------------------------------------------------------------
 

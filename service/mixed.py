@@ -3,7 +3,7 @@
 Theory.  Which modes run together changes when a VM starts or ends; where they meet changes with every
 migration, many times a second. A warning must do neither flicker nor lag: so a VM counts as being on every CPU
 that it was placed on within the last `KEEP_SECONDS`, and the warnings are computed anew at every
-step in a VM's life and every `LOOK_SECONDS`.
+step in a VM's life (of very many soon after it) and every `LOOK_SECONDS`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .warnings import Board
 __all__ = ["POLICY_NAMES", "Mixed", "measured_cost"]
 
 LOOK_SECONDS: Final = 2.0
+MANY: Final = 100                  # VMs: with more, steps in their lives are looked at together
+PAUSE_SECONDS: Final = 0.1
 KEEP_SECONDS: Final = 10.0
 POLICY_NAMES: Final[tuple[str, ...]] = get_args(SchedulerConfig.model_fields["policy"].annotation)
 
@@ -49,6 +51,7 @@ class Mixed:
         self._placed = placed
         self._seen: dict[tuple[str, int], float] = {}      # (VM, host CPU) -> when last
         self._cost: MeasuredCost | None = None
+        self._moved = trio.Event()
 
     def schedule(self, policy: str) -> None:
         """The policy in force is another one."""
@@ -58,7 +61,17 @@ class Mixed:
     async def watch(self) -> None:
         while True:
             self.update()
-            await trio.sleep(LOOK_SECONDS)
+            with trio.move_on_after(LOOK_SECONDS):
+                await self._moved.wait()
+                await trio.sleep(PAUSE_SECONDS)
+            self._moved = trio.Event()
+
+    def changed(self, vms: int) -> None:
+        """One of so many VMs has moved along its life. Looked at now, or soon where there are many of them."""
+        if vms <= MANY:
+            self.update()
+        else:
+            self._moved.set()
 
     def measured(self, cost: MeasuredCost | None) -> None:
         """What a crossing costs here, as measured by now; None: not known any more."""

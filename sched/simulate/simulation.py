@@ -78,6 +78,7 @@ class _Table(Table):
             self.set(vcpu, name, value)
         self.shared.set("used_slots", slot + 1)
         self._vcpus[thread.vm, thread.index] = vcpu
+        self._of.setdefault(thread.vm, []).append(vcpu)
         return vcpu
 
 

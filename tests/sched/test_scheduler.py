@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from mixvisor.sched import planner
 from mixvisor.sched.supervisor import (
     AdmissionRefused,
     Scheduler,
@@ -109,6 +110,20 @@ async def test_a_sleeper_wastes_nothing_and_is_served_when_it_wakes(
         await until(lambda: scheduler.figures("sleeper").awake)
         await trio.sleep(0.5)
         assert sleeper.ran_ns() - ran > 3 * (busy.ran_ns() - other)
+
+
+async def test_very_many_that_start_at_once_share_a_plan(
+    spawner: Spawner, spinners: Make, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = spinners(4)
+    monkeypatch.setattr(planner, "OFFLOAD_FROM", 1)
+    async with scheduling(spawner, "signal") as scheduler:
+        before = scheduler._planner.plans
+        async with trio.open_nursery() as nursery:
+            for number, spinner in enumerate(ours):
+                nursery.start_soon(scheduler.admit, thread(spinner, f"vm{number}"))
+        assert scheduler._planner.plans - before < 4
+        await until(lambda: all(v.slices for v in scheduler.statistics().vcpus))
 
 
 @pytest.mark.rt

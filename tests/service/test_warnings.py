@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from mixvisor.config.model import Config
-from mixvisor.service.mixed import KEEP_SECONDS, POLICY_NAMES, Mixed
+from mixvisor.service.mixed import KEEP_SECONDS, LOOK_SECONDS, MANY, PAUSE_SECONDS, POLICY_NAMES, Mixed
 from mixvisor.service.warnings import KINDS, Board, link, sections, strict_exit
 from mixvisor.vm.mixing import MeasuredCost
 from mixvisor.vm.modes import ModeDecision, ModeHost, plan
@@ -79,6 +79,24 @@ class Lab:
     @property
     def codes(self) -> set[str]:
         return {warning.code for warning in self.board.now()}
+
+
+async def test_of_very_many_vms_steps_are_looked_at_together_and_soon(autojump_clock):
+    lab = Lab()
+    lab.mixed.changed(MANY)
+    assert lab.codes
+    lab.running.clear()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lab.mixed.watch)
+        await trio.sleep(LOOK_SECONDS / 2)
+        assert not lab.codes
+        lab.running |= Lab().running
+        for _ in range(3):
+            lab.mixed.changed(MANY + 1)
+        assert not lab.codes
+        await trio.sleep(2 * PAUSE_SECONDS)
+        assert lab.codes
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_warning_of_a_place_comes_at_once_and_stays_a_while_after_they_parted(autojump_clock):

@@ -201,3 +201,16 @@ def test_another_policy_takes_over_every_lag_and_budget_exactly(first, second):
     new.take_over(old)
     assert [(new.lag_ns(s), new.budget_ns(s), new.is_awake(s), new.is_parked(s)) for s in range(4)] == seen
     assert new.pick() is not None
+
+
+def test_the_current_one_stays_for_the_minimum_run_whatever_the_other_mode_is_owed():
+    queue = BatchRunqueue(SLICE, MS, batch_ns=0)
+    queue.add(0, 0.5, mode=0)
+    queue.add(1, 0.5, mode=1)
+    first = queue.pick()
+    queue.advance(MS - 1)
+    queue.charge(first, MS - 1)
+    assert queue.pick(first) == first
+    queue.advance(1)
+    queue.charge(first, 1)
+    assert queue.pick(first) == 1 - first

@@ -146,6 +146,24 @@ def test_on_a_whole_host_time_is_conserved_affinity_kept_and_nobody_in_two_place
             assert {cpu for _start, _end, cpu in spans} <= {0, 1} if fixed == "0-1" else {0}
 
 
+@settings(max_examples=12, deadline=None)
+@given(weights=st.lists(st.integers(1, 10), min_size=2, max_size=7), cpus=st.integers(1, 3),
+       slice_us=st.sampled_from([2000, 5000, 10_000]))
+def test_on_a_whole_host_lags_stay_within_two_periods_and_no_cpu_idles(
+    weights: list[int], cpus: int, slice_us: int,
+) -> None:
+    """Always busy, whatever the weights: feasible or not, with or without a placement that fits."""
+    tables = [{"name": f"vm{n}", "weight": 100 * w, "mode": ("software", "hardware")[n % 2]}
+              for n, w in enumerate(weights)]
+    simulation = Simulation(scenario(tables, cpus, scheduler={"slice_us": slice_us}), "fair")
+    found = simulation.run(4.0).result()
+    simulation.close()
+    assert found.lag_most_ns is not None
+    assert found.lag_most_ns <= 2 * 30 * MS + 2 * slice_us * 1000
+    if len(weights) >= cpus:
+        assert found.idle <= 0.01
+
+
 @pytest.mark.parametrize("policy", DISPATCHING)
 def test_the_same_seed_is_the_same_trace_on_a_whole_host(policy: str) -> None:
     tables: list[dict[str, object]] = [

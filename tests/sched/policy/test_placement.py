@@ -85,6 +85,13 @@ def test_a_static_packing_is_found_by_backtracking():
     assert sums == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.parametrize(("resist_ms", "moves"), [(1, True), (7, False)])
+def test_a_vcpu_moves_only_if_the_gain_passes_migrate_resist(resist_ms, moves):
+    # Three on two CPUs: CPU 0 has 11 ms too much, and with 1 on the other CPU that one would have 5.
+    loads = [load(0, 0.6, 3 * MS, last_cpu=0), load(1, 0.6, 0, last_cpu=0), load(2, 0.6, -3 * MS, last_cpu=1)]
+    assert (placed(loads, resist=resist_ms * MS).cpu != {0: 0, 1: 0, 2: 1}) is moves
+
+
 def test_a_chain_of_moves_reaches_an_idle_cpu_through_affinity():
     loads = [load(0, 0.5, cpus=[0], last_cpu=0), load(1, 0.5, cpus=[0, 1], last_cpu=0),
              load(2, 1.0, cpus=[1, 2], last_cpu=1)]
