@@ -6,6 +6,7 @@ the work-around can go.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import pathlib
@@ -263,6 +264,92 @@ def test_code_that_is_written_after_it_ran_and_its_page_was_data_before(machine)
     machine.poke(0x9000, bytes.fromhex("B000 C3"))
     machine.run("31DB 31C0 B96400 880E0190 E8F213 01C3 E2F5 F4")
     assert machine.cpu.get_gpr()[RBX] & 0xFFFF == sum(range(1, 101))
+
+
+BODY = bytes.fromhex("48837DF000 74")                   # cmp qword [rbp-16], 0; je: a block that tests for itself
+
+
+def blocks_that_test() -> int:
+    """In all translated code of this process."""
+    found = 0
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
+            region, rights = line.split()[:2]
+            start, end = (int(bound, 16) for bound in region.split("-"))
+            if rights == "rwxp" and end - start > 1 << 20:
+                memory.seek(start)
+                with contextlib.suppress(OSError):                    # a guard page
+                    found += memory.read(1 << 16).count(BODY)
+    return found
+
+
+def test_slow_blocks(machine, monkeypatch, make):
+    blocks = quirks._blocks(quirks.found_layout().handle_to_cpu)
+    assert blocks.fast
+    unicorn = machine.cpu._unicorn
+    assert unicorn.blocks is blocks
+    before = blocks_that_test()
+    machine.run("B90300 890E0090 E2FA F4")                            # mov cx, 3; mov [9000], cx; loop -4; hlt
+    assert blocks_that_test() >= before + 2
+    assert ctypes.string_at(unicorn.env - 12, 12) == bytes(12)        # padding, and the two bytes, which are 0
+    machine.load("EB FE")
+    machine.cpu.kick()
+    assert machine.cpu.run().reason is ExitReason.KICKED
+    # As ever where they cannot be made fast.
+    monkeypatch.setattr(blocks, "fast", False)
+    slow = make("software", 4 << 20)
+    assert slow.cpu._unicorn.blocks is None
+    slow.run("B90300 890E0090 E2FA F4")
+    assert slow.cpu.get_gpr()[RCX] & 0xFFFF == 0
+    slow.load("EB FE")
+    slow.cpu.kick()
+    assert slow.cpu.run().reason is ExitReason.KICKED
+
+
+@pytest.mark.parametrize("changed", ["helper_check_exit_request_x86_64", "check_exit_request_x86_64",
+                                     "gen_intermediate_code_x86_64"])
+def test_blocks_of_a_library_that_is_another_are_left_alone(changed):
+    other = (ctypes.c_ubyte * (1 << 20))()                            # no code that is known
+    place = ctypes.addressof(other) + len(other) // 2
+    found = quirks.Blocks(lambda name: place if name == changed else quirks._symbol(name),
+                          quirks.found_layout().handle_to_cpu, quirks.CPU_TO_ENV)
+    assert not found.fast
+
+
+@pytest.mark.parametrize(("code", "count", "result"), [
+    # xor bx, bx; mov cx, 5; L: inc bx; LOOP L; hlt
+    ("31DB B90500 43 E2FD F4", 0, 5),
+    # ... cmp bx, 3; LOOPNE L: ends with equal
+    ("31DB B90900 43 83FB03 E0FA F4", 6, 3),
+    # ... cmp bx, 9; LOOPE L: ends at once with unequal
+    ("31DB B90900 43 83FB09 E1FA F4", 8, 1),
+    # the flags of what came before LOOP reach the block behind it and the one at its target:
+    # xor bx, bx; mov cx, 2; mov al, FF; L: add al, 1 (carry in the first round alone); adc bx, 0; loop L; adc bx, 10
+    ("31DB B90200 B0FF 0401 83D300 E2F9 83D310 F4", 0, 0x11),
+    # mov cx, 1; mov al, FF; add al, 1; loop +0; adc bx, 0: carry behind a LOOP not taken, and behind one taken
+    ("31DB B90100 B0FF 0401 E200 83D300 F4", 0, 1),
+    ("31DB B90200 B0FF 0401 E200 83D300 F4", 1, 1),
+    # sub cx, cx (carry clear); stc; jcxz +1; hlt; adc bx, 7; hlt
+    ("31DB 29C9 F9 E301 F4 83D307 F4", 0, 8),
+    # sti; loop, as the instruction behind STI, taken and not
+    ("31DB B90300 43 FB E2FC FA F4", 0, 3),
+    # 32 bits wide: mov ecx, 10002h; L: inc bx; a32 loop L stops after 10002h rounds: bx wraps to 2
+    ("31DB 66B902000100 43 67E2FC F4", 0, 2),
+])
+def test_loops_end_and_hand_on_flags_as_the_manual_says(machine, code, count, result):
+    machine.run(code)
+    gpr = machine.cpu.get_gpr()
+    assert (gpr[RCX] & 0xFFFF_FFFF, gpr[RBX] & 0xFFFF) == (count, result)
+
+
+def test_loop_is_stepped_one_by_one(machine):
+    """TF: a #DB after each LOOP, taken or not. The handler counts in DX and returns."""
+    machine.poke(0x04, bytes.fromhex("00900000"))                     # vector 1: 0:9000
+    machine.poke(0x9000, bytes.fromhex("42 CF"))                      # inc dx; iret
+    # xor dx, dx; mov cx, 3; pushf; pop ax; or ax, 100; push ax; popf; L: loop L; nop; nop; hlt
+    machine.run("31D2 B90300 9C 58 0D0001 50 9D E2FE 90 90 9C 58 25FFFE 50 9D F4")
+    # 3 LOOPs, 2 NOPs, pushf, pop, and, push; the POPF that clears TF still traps.
+    assert machine.cpu.get_gpr()[RDX] & 0xFFFF == 10
 
 
 # Where each defect of the list in quirks.py is shown, when not in a test of its name here.

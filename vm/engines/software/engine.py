@@ -88,8 +88,8 @@ class SoftwareCpu:
         self._inside = False                   # in a bus call: RIP is not ours to change
         self._pending_in: tuple[int, int] | None = None     # (size, value) of an IN left early
         self._error: BaseException | None = None             # raised by the bus, kept for `run`
-        self._native = native = Native()
         self._unicorn = unicorn = Unicorn(memory)
+        self._native = native = Native(unicorn)
         self._registers = Registers(unicorn)
         self.where = self._locating()
         self._delivery = Delivery(
@@ -103,7 +103,7 @@ class SoftwareCpu:
         told = _CPUID(self._cpuid)
         for callback in (out, read_in, guarded_out, guarded_in, told):
             unicorn.keep(callback)
-        unicorn.hook(unicorn_const.UC_HOOK_BLOCK, native.block(unicorn.eflags, unicorn.hflags))
+        unicorn.hook(unicorn_const.UC_HOOK_BLOCK, native.block())
         unicorn.hook(unicorn_const.UC_HOOK_INTR, native.interrupt())
         unicorn.hook(unicorn_const.UC_HOOK_INSN_INVALID, native.note(_INVALID_OPCODE))
         for instruction, vector in ((x86_const.UC_X86_INS_SYSCALL, native.SYSCALL),
@@ -116,7 +116,7 @@ class SoftwareCpu:
         unicorn.hook(unicorn_const.UC_HOOK_INSN, _address(told), instruction=x86_const.UC_X86_INS_CPUID)   # OWN_CPUID
         unicorn.intercept(MSRS_PRESENT)                                    # UNCHECKED
         self._map_holes(rom)
-        self._kick_addresses = (native.address + native.STOP, native.address + native.KICKED)
+        self._kick_addresses = (native.asked_address + native.STOP, native.address + native.KICKED)
         for address in self._kick_addresses:
             kick.register(address)
         self.set_whole(WholeState(tsc=read_tsc()))
@@ -137,7 +137,8 @@ class SoftwareCpu:
     # -- running -----------------------------------------------------------------------------
 
     def run(self) -> Exit:
-        native, page, unicorn = self._native, self._native.page, self._unicorn
+        native, unicorn = self._native, self._unicorn
+        page, asked = native.page, native.asked
         if self._event is not None:
             event, self._event = self._event, None
             cause = Cause.EXTERNAL if event.kind == "interrupt" else Cause.EXCEPTION
@@ -149,7 +150,7 @@ class SoftwareCpu:
             if ended is not None:
                 return ended
         while True:
-            if page[native.WANTED] and self._registers.interruptible():
+            if asked[native.WANTED] and self._registers.interruptible():
                 ended = self._interrupt()
                 if ended is not None:
                     return ended
@@ -166,9 +167,9 @@ class SoftwareCpu:
                 if self._refused is None:
                     self._complete_port_instruction()
                     return self._left()
-                page[native.STOP] = 0                # was for us; a kick that came meanwhile is kept, as in _left
+                asked[native.STOP] = 0                # was for us; a kick that came meanwhile is kept, as in _left
                 if self._stopping or page[native.KICKED]:
-                    page[native.STOP] = 1
+                    asked[native.STOP] = 1
                 refused, self._refused = self._refused, None
                 ended = self._raise(refused.vector, refused.error)
                 if ended is not None:
@@ -180,13 +181,13 @@ class SoftwareCpu:
                 ended = self._deliver(vector)
                 if ended is not None:
                     return ended
-                if page[native.STOP]:
+                if asked[native.STOP]:
                     # A handler that cannot be fetched faults again before any block starts.
                     return self._left()
             elif status != unicorn_const.UC_ERR_OK:
                 return self._failed(status)
             elif stopped:
-                if page[native.STOP]:
+                if asked[native.STOP]:
                     return self._left()
             elif self._stopping:
                 self._halted = True
@@ -199,7 +200,7 @@ class SoftwareCpu:
     def _halt(self) -> Exit | None:
         """HLT is done. None when an interrupt is there already: the guest goes on with it."""
         self._halted = False
-        if self._native.page[Native.WANTED] and self._registers.interruptible():
+        if self._native.asked[Native.WANTED] and self._registers.interruptible():
             return None
         self._exits[ExitKind.HALT] += 1
         self.watch(ExitKind.HALT, behind=True)
@@ -208,12 +209,12 @@ class SoftwareCpu:
 
     def _left(self) -> Exit:
         """STOPPED or KICKED; the order of the stores makes no kick get lost (see kvm/engine.py)."""
-        native, page = self._native, self._native.page
-        page[native.STOP] = 0
+        native, page, asked = self._native, self._native.page, self._native.asked
+        asked[native.STOP] = 0
         if self._stopping:
             self._stopping = False
             if page[native.KICKED]:
-                page[native.STOP] = 1
+                asked[native.STOP] = 1
             return Exit(ExitReason.STOPPED)
         page[native.KICKED] = 0
         self._exits[ExitKind.KICK] += 1
@@ -280,14 +281,14 @@ class SoftwareCpu:
 
     def stop(self) -> None:
         self._stopping = True
-        self._native.page[Native.STOP] = 1
+        self._native.asked[Native.STOP] = 1
 
     def request_interrupt(self, wanted: bool) -> None:
-        self._native.page[Native.WANTED] = wanted
+        self._native.asked[Native.WANTED] = wanted
 
     def kick(self) -> None:
         self._native.page[Native.KICKED] = 1
-        self._native.page[Native.STOP] = 1
+        self._native.asked[Native.STOP] = 1
 
     # -- what the guest reaches out for --------------------------------------------------------
 
@@ -319,7 +320,7 @@ class SoftwareCpu:
         except PortFault as fault:
             self._refused = fault
             # The instruction begins anew when it is left, and is stopped there.
-            self._native.page[Native.LEAVE] = self._native.page[Native.STOP] = 1
+            self._native.page[Native.LEAVE] = self._native.asked[Native.STOP] = 1
         except BaseException as error:  # as above
             self._keep_error(error)
         return False
@@ -457,4 +458,5 @@ class SoftwareCpu:
         self._closed = True
         for address in self._kick_addresses:
             kick.unregister(address)
+        self._native.close()
         self._unicorn.close()

@@ -46,6 +46,9 @@ HUGE_BUFFER    Translated code is kept until 1 GiB of it has been made: a guest 
                its worker as large. The buffer is given 64 MiB; when it is full, all is forgotten and made anew.
 SLOW_STORES    Every store goes the way of stores over code, twenty times as slow: `stores.py` patches the library so
                that only stores to pages with code do.
+SLOW_BLOCKS    Every block calls two functions before it does anything, every access to memory one behind it, and many
+               a block goes back to the main loop at its end: `blocks.py` puts a comparison in the place of the
+               calls and lets blocks follow one another.
 NO_SYSCALL     SYSCALL and SYSENTER only call a hook: the hook stops, `delivery.py` does the rest.
 OWN_CPUID      CPUID tells of QEMU's processor: a hook answers with that of vm/engines/cpuid.py.
 FULL_STACK     A new instance has every x87 register in use (QEMU does not look, another engine does), and ST(n) cannot
@@ -78,6 +81,7 @@ from unicorn.unicorn_py3 import unicorn as binding
 
 from .. import kick
 from ..base import EngineError
+from .blocks import ASKED, Blocks
 from .stores import Stores
 
 __all__ = ["Layout", "Native", "Unicorn", "found_layout", "installed_version", "listed"]
@@ -147,6 +151,11 @@ def _stores(handle_to_cpu: int) -> Stores:
 
 
 @functools.cache
+def _blocks(handle_to_cpu: int) -> Blocks:
+    return Blocks(_symbol, handle_to_cpu, CPU_TO_ENV)
+
+
+@functools.cache
 def installed_version() -> str:
     # Once: a worker behind its sandbox, where it may want this engine, reads no files.
     return importlib.metadata.version("unicorn")
@@ -174,25 +183,34 @@ def _check(status: int, what: str) -> None:
 
 
 class Native:
-    """Hooks in machine code and the page of bytes they share with the engine.
+    """Hooks in machine code and the bytes they share with the engine.
 
-    The page: byte 0 stop wanted (set by kicks), byte 1 an interrupt wants in, byte 2 leave at
-    this port access, byte 3 a kick; u32 at 4 the vector that was raised, or NONE; byte 8 a block hook
-    has stopped.  The block hook tests bytes 0 and 1 in one comparison: every block pays for it.
+    `asked`: byte 0 stop wanted (set by kicks), byte 1 an interrupt wants in: what every block tests.
+    The page: byte 2 leave at this port access, byte 3 a kick; u32 at 4 the vector that was raised, or NONE; byte 8 a
+    block hook has stopped.
     """
 
     NONE: Final = 0xFFFF_FFFF
     INTERCEPTED, CR0, CR4, MSR = 0x100, 0x110, 0x114, 0x17C      # SVM's exit codes from 0x100 on: UNCHECKED
-    STOP, WANTED, LEAVE, KICKED, VECTOR, STOPPED = 0, 1, 2, 3, 4, 8
+    STOP, WANTED = 0, 1
+    LEAVE, KICKED, VECTOR, STOPPED = 2, 3, 4, 8
     SYSCALL, SYSENTER = 0x200, 0x201           # vectors that no processor has
 
-    def __init__(self) -> None:
+    def __init__(self, unicorn: Unicorn) -> None:
+        self._unicorn = unicorn
         self.page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.page))
+        # Beside the CPU state where blocks test them themselves; else anywhere.
+        self.asked_address = unicorn.env + ASKED if unicorn.blocks is not None else self.address + 16
+        self.asked = (ctypes.c_ubyte * 2).from_address(self.asked_address)
         self.vector = ctypes.c_uint32.from_address(self.address + self.VECTOR)
         self.vector.value = self.NONE
         self._pages: list[mmap.mmap] = []
         self._stop = _symbol("uc_emu_stop")
+
+    def close(self) -> None:
+        """The CPU state goes: a kick that comes too late finds other bytes."""
+        self.asked = (ctypes.c_ubyte * 2)()
 
     def _make(self, code: bytes) -> int:
         page, address = kick.executable(code)
@@ -202,28 +220,36 @@ class Native:
     def _data(self) -> bytes:
         return b"\x48\xB8" + struct.pack("<Q", self.address)          # mov rax, page
 
-    def block(self, eflags: int, hflags: int) -> int:
+    def block(self) -> int:
         """void (uc, address, size, user): stop here when byte 0 is set, or byte 1 and the guest allows it.
 
-        The arguments are the addresses of the CPU state's flags: IF is bit 1 of the second byte of EFLAGS,
-        "the instruction after STI or MOV SS" bit 3 of the hidden flags.
+        The arguments are not looked at: blocks that test for themselves do not give them (SLOW_BLOCKS).
+        IF is bit 1 of the second byte of EFLAGS, "the instruction after STI or MOV SS" bit 3 of the hidden flags.
         """
-        return self._make(
-            self._data()
-            + bytes.fromhex("66833800"                                # cmp word [rax], 0
-                            "7434"                                    # je  out
-                            "803800"                                  # cmp byte [rax], 0
-                            "751F")                                   # jne stop
-            + b"\x48\xB9" + struct.pack("<Q", eflags)                 # mov rcx, eflags
-            + bytes.fromhex("F6410102"                                # test byte [rcx+1], 2
-                            "741F")                                   # jz  out
-            + b"\x48\xB9" + struct.pack("<Q", hflags)                 # mov rcx, hflags
-            + bytes.fromhex("F60108"                                  # test byte [rcx], 8
-                            "7510"                                    # jnz out
-                            "C6400801")                               # stop: mov byte [rax+8], 1
+        unicorn = self._unicorn
+        stop = (
+            self._data()                                              # stop: rax = page
+            + bytes.fromhex("C6400801")                               # mov byte [rax+8], 1
+            + b"\x48\xBF" + struct.pack("<Q", unicorn.handle.value)   # mov rdi, handle
             + b"\x48\xB8" + struct.pack("<Q", self._stop)             # mov rax, uc_emu_stop
-            + bytes.fromhex("FFE0"                                    # jmp rax
+            + bytes.fromhex("FFE0"))                                  # jmp rax
+        wanted = (
+            b"\x48\xB9" + struct.pack("<Q", unicorn.eflags)           # mov rcx, eflags
+            + bytes.fromhex("F6410102"                                # test byte [rcx+1], 2
+                            "740F")                                   # jz  out
+            + b"\x48\xB9" + struct.pack("<Q", unicorn.hflags)         # mov rcx, hflags
+            + bytes.fromhex("F60108"                                  # test byte [rcx], 8
+                            "7401"                                    # jz  stop
                             "C3"))                                    # out: ret
+        return self._make(
+            (unicorn.blocks.prologue() if unicorn.blocks is not None else b"")
+            + b"\x48\xB8" + struct.pack("<Q", self.asked_address)     # mov rax, asked
+            + bytes.fromhex("66833800"                                # cmp word [rax], 0
+                            "7501"                                    # jne some
+                            "C3"                                      # ret
+                            "803800"                                  # some: cmp byte [rax], 0
+                            "75") + bytes([len(wanted)])              # jne stop
+            + wanted + stop)
 
     def interrupt(self) -> int:
         """void (uc, intno, user): note the vector and stop."""
@@ -291,6 +317,8 @@ class Unicorn:
         self.bytes = memoryview((ctypes.c_ubyte * _ENV_SIZE).from_address(self.env)).cast("B")
         self.layout = layout
         _stores(layout.handle_to_cpu).memory_of(base, len(memory))    # SLOW_STORES
+        blocks = _blocks(layout.handle_to_cpu)
+        self.blocks = blocks if blocks.take(self.handle.value, self.env) else None     # SLOW_BLOCKS
         self._keep: list[Any] = []
         self._flags = ctypes.c_uint64()
         self._flags_reference = ctypes.byref(self._flags)

@@ -32,7 +32,7 @@ from typing import Final
 
 from .. import kick
 
-__all__ = ["Stores"]
+__all__ = ["Stores", "write_code"]
 
 _PAGE: Final = mmap.PAGESIZE
 _READ, _WRITE, _EXECUTE = 1, 2, 4
@@ -104,12 +104,17 @@ class Stores:
     @staticmethod
     def _jump(at: int, to: int, room: int) -> bool:
         """Overwrite *room* bytes of code with a jump: mov rax, to; jmp rax; int3 ..."""
-        first = at & -_PAGE
-        length = (at + room + _PAGE - 1 & -_PAGE) - first
-        if _libc.mprotect(first, length, _READ | _WRITE) != 0:
-            return False
-        ctypes.memmove(at, (b"\x48\xB8" + struct.pack("<Q", to) + b"\xFF\xE0").ljust(room, b"\xCC"), room)
-        return _libc.mprotect(first, length, _READ | _EXECUTE) == 0
+        return write_code(at, (b"\x48\xB8" + struct.pack("<Q", to) + b"\xFF\xE0").ljust(room, b"\xCC"))
+
+
+def write_code(at: int, code: bytes) -> bool:
+    """Overwrite code of the library that does not run now. False where the host forbids it."""
+    first = at & -_PAGE
+    length = (at + len(code) + _PAGE - 1 & -_PAGE) - first
+    if _libc.mprotect(first, length, _READ | _WRITE) != 0:
+        return False
+    ctypes.memmove(at, code, len(code))
+    return _libc.mprotect(first, length, _READ | _EXECUTE) == 0
 
 
 def _address(page: mmap.mmap) -> int:
