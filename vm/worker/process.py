@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import mmap
 import os
 import signal
@@ -168,10 +169,13 @@ class Worker:
             device = self._control.descriptor() if engine == "kvm" else None
             return engines.create(engine, self._raw, self.machine, self._status.exits, self._rom, device)
 
+        gc.disable()           # to collect engines that were left takes milliseconds: not while the guest stands still
         try:
             new = moves.change_engine(self.cpu, engine, str(request.get("technology", "")), make)
         except EngineError as error:
             return {"refused": str(error)}
+        finally:
+            gc.enable()
         old, self.cpu, self._engine = self.cpu, new, engine
         self.machine.attach(new)
         self.eyes.attach(new)
