@@ -9,6 +9,8 @@ twice in a row), the side is believed on which this reason was found last.
 
 Kicks and interrupts from devices are nobody's instruction and are not counted here.
 
+Each vCPU has a ledger of its own, so nothing is counted twice or lost between threads; `together` adds them up.
+
 Invariants.  Bounded: `SITES_MAX` places, beyond which an exit is counted under its reason alone;
 `LAST` newest exits.  Total over any guest state and memory.  Every call of `note` is counted once.
 Poor: a place whose code changes keeps the text it was first seen with; in memory-mapped access Unicorn
@@ -17,15 +19,17 @@ gives only the block, and so does this.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from ..engines.base import EXIT_KINDS, RDX, RIP, CpuState, ExitKind
 from . import decode
 
-__all__ = ["LAST", "SITES_MAX", "Ledger", "Site", "cause"]
+__all__ = ["LAST", "SITES_MAX", "Ledger", "Site", "cause", "together"]
 
 SITES_MAX: Final = 4096
 LAST: Final = 16
@@ -63,11 +67,13 @@ class Ledger:
     """`where()`: linear address of CS:RIP, cheap. `state()`: the whole state, asked once a place.
 
     blocks: in memory-mapped access the engine gives an earlier place of the same block, which is told as such.
+    lock: held while a place is decoded, where several threads decode.
     """
 
     def __init__(self, memory: mmap.mmap, where: Callable[[], int], state: Callable[[], CpuState], *,
-                 blocks: bool = False) -> None:
+                 blocks: bool = False, lock: AbstractContextManager[Any] | None = None) -> None:
         self._memory = memory
+        self._lock = lock or contextlib.nullcontext()
         self._last: deque[Site] = deque(maxlen=LAST)
         self.attach(where, state, blocks=blocks)
         self._known = 0
@@ -87,7 +93,7 @@ class Ledger:
 
     def _noting(self) -> Callable[..., None]:
         """`note`, as a closure: it is called at every exit, and half of a method's time goes into looking things up."""
-        all_sites, where, new, remember = self._sites, self._where, self._new, self._last.append
+        all_sites, where, new, remember, lock = self._sites, self._where, self._new, self._last.append, self._lock
 
         def note(kind: int, behind: bool = False, port: int | None = None) -> None:
             """An exit of this kind happened here, at a port access to *port*.
@@ -99,7 +105,8 @@ class Ledger:
             try:
                 site = sites[here]
             except KeyError:
-                site = new(sites, here, kind, behind, port)
+                with lock:
+                    site = new(sites, here, kind, behind, port)
             site.count += 1
             remember(site)
 
@@ -141,6 +148,19 @@ class Ledger:
     def last(self) -> list[Site]:
         """The newest exits, the newest last; `count` is the place's, not the exit's."""
         return list(self._last)
+
+
+def together(ledgers: Iterable[Ledger]) -> list[Site]:
+    """The places of several vCPUs as one list, the most exits first. Others may count on meanwhile."""
+    merged: dict[tuple[int, int], Site] = {}
+    for ledger in ledgers:
+        for site in ledger.sites(SITES_MAX + len(EXIT_KINDS)):
+            one = merged.get((site.kind, site.address))
+            if one is None:
+                one = merged[site.kind, site.address] = Site(
+                    site.kind, site.address, site.mnemonic, site.text, site.mode)
+            one.count += site.count
+    return sorted(merged.values(), key=lambda site: -site.count)
 
 
 def cause(memory: mmap.mmap, state: CpuState, kind: ExitKind, *, behind: bool,

@@ -1,8 +1,9 @@
 """What a worker can tell of its guest's inside: where it stands, why it left, where its time goes.
 
-Theory.  Three watchers over one vCPU: a ledger of exits by instruction (vm/code/ledger.py), filled by the
+Theory.  Three watchers: a ledger of exits by instruction (vm/code/ledger.py), one for each vCPU, filled by the
 engine at every exit; a sampler (vm/code/sampler.py), filled at every stop while a profile is being taken; and
-the listing of the code around CS:RIP, made when somebody asks or when the guest dies.
+the listing of the code around CS:RIP, made when somebody asks or when the guest dies. The latter two look at the
+first vCPU.
 
 The profile's timer counts the process' CPU time (ITIMER_PROF) and raises SIGPROF, one of the kicks: so the
 vCPU stops, `stopped` takes a sample when one is due, and the guest goes on. The timer ends by itself when the time
@@ -17,10 +18,11 @@ import mmap
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from ..code import decode
-from ..code.ledger import Ledger
+from ..code.ledger import Ledger, together
 from ..code.sampler import HZ_MAX, SECONDS_MAX, Sampler
 from ..engines.base import GPR, Cpu, CpuState
 from .status import StatusPage
@@ -33,11 +35,13 @@ SITES_TOLD: Final = 256                # of the ledger's places in one answer
 class Eyes:
     """`stopped` must be called after each `Cpu.run`; `close` before the process does something else."""
 
-    def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage, post_codes: Iterable[int]) -> None:
+    def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage, post_codes: Iterable[int],
+                 lock: AbstractContextManager[Any] | None = None) -> None:
         self._memory = memory
         self._status = status
         self._post_codes = post_codes
-        self.ledger = Ledger(memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block")
+        self.ledger = Ledger(memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block", lock=lock)
+        self._ledgers = [self.ledger]          # one a vCPU
         self.attach(cpu)
         self._sampler: Sampler | None = None
         self._sampling = False
@@ -48,6 +52,13 @@ class Eyes:
             "where": lambda _request: self.where(), "exits": self._exits, "profile": self._profile,
             "profile-end": self._profile_end,
         }
+
+    def join(self, others: Iterable[Cpu], lock: AbstractContextManager[Any]) -> None:
+        """Watch the exits of these vCPUs too, which other threads run."""
+        for cpu in others:
+            ledger = Ledger(self._memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block", lock=lock)
+            cpu.watch = ledger.note
+            self._ledgers.append(ledger)
 
     def attach(self, cpu: Cpu) -> None:
         """Another vCPU goes on in place of the one so far."""
@@ -73,9 +84,9 @@ class Eyes:
 
     def _exits(self, request: dict[str, Any]) -> dict[str, Any]:
         limit = min(SITES_TOLD, max(1, int(request.get("limit", SITES_TOLD))))
-        ledger = self.ledger
-        return {"total": ledger.total(), "places": ledger.places,
-                "sites": [site.to_json() for site in ledger.sites(limit)]}
+        sites = together(self._ledgers)
+        return {"total": sum(site.count for site in sites), "places": len(sites),
+                "sites": [site.to_json() for site in sites[:limit]]}
 
     # -- profile -----------------------------------------------------------------------------
 

@@ -130,6 +130,25 @@ def test_any_vcpu_may_end_the_vm_and_write_to_the_serial_port(smp):
 
 
 @pytest.mark.kvm
+def test_exits_of_all_vcpus_are_told_by_their_places(smp):
+    # Both write to port 80h for ever, the first from 1002Eh on, the second from 8000h on.
+    first = FIRST[:FIRST.index(b"\xF3\x90")] + bytes.fromhex("e680 ebfc")
+    worker = smp(image(bytes.fromhex("e680 ebfc"), first))
+    places = {0x8000, 0x10000 + len(first) - 4}
+
+    def seen() -> dict[int, int]:
+        answer = worker.ask("exits", limit=10)
+        assert answer["total"] == sum(site["count"] for site in answer["sites"])
+        return {site["address"]: site["count"] for site in answer["sites"] if site["instruction"] == "out 0x80, al"}
+
+    worker.until(lambda: set(seen()) == places and min(seen().values()) > 100)
+    worker.ask("pause")
+    counted = seen()
+    assert [counted[place] for place in sorted(places)] == [
+        worker.status.exits_of(vcpu)[ExitKind.IO_OUT] for vcpu in (1, 0)]
+
+
+@pytest.mark.kvm
 def test_the_crash_of_the_second_vcpu_is_told_with_its_own_registers(smp):
     # lidt [cs:8] (limit 0); mov bx, 1234h; ud2
     worker = smp(image(bytes.fromhex("2e0f011e1000 bb3412 66bb78563412 0f0b 000000000000"), FOR_EVER))
