@@ -10,8 +10,8 @@ for the next; move threads between levels (linux.py) only where something change
 
 Accounting.  Where the picked thread's run time explains the time that passed, nobody else ran
 and nobody else is read, except a few in turn, so that each is read about every 250 ms. Where it
-does not, all are read; of more than `AT_ONCE` sleepers so many in turn, and only if those that are awake do
-not explain it either. Nothing is lost in any case: readings are totals.
+does not, all are read; of more than `AT_ONCE` so many in turn, until it is explained. Nothing is lost in any
+case: readings are totals.
 
 Sleepers.  A vCPU is asleep when its status page says so and it is not computing; without a
 page, when it did not run and the kernel says that it waits. A sleeper is never picked
@@ -76,7 +76,7 @@ __all__ = ["Dispatcher", "Inbox", "Parcel", "Settings"]
 IDLE_TICK_NS: Final = 5_000_000          # nobody awake: how soon a waker is noticed
 AWAITED_TICK_NS: Final = 200_000         # nobody here, and one is on the way from another host CPU
 UNEXPLAINED_NS: Final = 150_000          # of a slice: interrupts, the timer, our own work
-AT_ONCE: Final = 64                      # sleepers that are read after one slice
+AT_ONCE: Final = 64                      # clocks that are read after one slice
 READ_ALL_WITHIN_NS: Final = 250_000_000  # each thread is read at least this often
 COMPUTING: Final = 4                     # asleep by its own word, yet ran over 1/4 of the time
 READY: Final = 4                         # waiting vCPUs that a breath's end lets go on
@@ -380,8 +380,8 @@ class Dispatcher:
         pick, order = self._pick, self._order
         others = [0, 0]
         few = len(order) <= AT_ONCE
-        for vcpu in order:
-            if vcpu is not pick and (few or vcpu.awake or vcpu.watched):
+        for vcpu in order if few else self._watched:
+            if vcpu is not pick:
                 others[vcpu.mode] += self._charge(vcpu)
         if few:
             return others
@@ -390,7 +390,7 @@ class Dispatcher:
                 break
             self._turn = (self._turn + 1) % len(order)
             vcpu = order[self._turn]
-            if vcpu is not pick and not vcpu.awake:
+            if vcpu is not pick:
                 others[vcpu.mode] += self._charge(vcpu)
         return others
 
@@ -622,13 +622,15 @@ class Dispatcher:
         """Who competes from now on."""
         elapsed = now - self._slice_start
         if not explained:
-            few = len(self._order) <= AT_ONCE
+            few, pick = len(self._order) <= AT_ONCE, self._pick
             for vcpu in self._order:
                 if vcpu.paused:
                     continue
-                # Of many sleepers only those that did anything are worth a look.
-                if few or vcpu.awake or vcpu.ran or vcpu.watched or (
-                        vcpu.status is not None and vcpu.status[_PHASE] not in _SLEEPING):
+                # Who did nothing and says what it said before is what it was; of very many without a page those that
+                # sleep are asked as they are read.
+                if (vcpu.ran or vcpu.watched or vcpu is pick
+                        or (not vcpu.awake and few if vcpu.status is None
+                            else vcpu.awake is (vcpu.status[_PHASE] in _SLEEPING))):
                     self._look(vcpu, now, elapsed)
             return
         pick = self._pick
