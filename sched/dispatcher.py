@@ -10,8 +10,8 @@ for the next; move threads between levels (linux.py) only where something change
 
 Accounting.  Where the picked thread's run time explains the time that passed, nobody else ran
 and nobody else is read, except a few in turn, so that each is read about every 250 ms. Where it
-does not, all are read; of more than `AT_ONCE` so many in turn, until it is explained. Nothing is lost in any
-case: readings are totals.
+does not, all are read and looked at; of more than `AT_ONCE` so many in turn, until it is explained. Nothing is lost
+in any case: readings are totals.
 
 Sleepers.  A vCPU is asleep when its status page says so and it is not computing; without a
 page, when it did not run and the kernel says that it waits. A sleeper is never picked
@@ -76,7 +76,7 @@ __all__ = ["Dispatcher", "Inbox", "Parcel", "Settings"]
 IDLE_TICK_NS: Final = 5_000_000          # nobody awake: how soon a waker is noticed
 AWAITED_TICK_NS: Final = 200_000         # nobody here, and one is on the way from another host CPU
 UNEXPLAINED_NS: Final = 150_000          # of a slice: interrupts, the timer, our own work
-AT_ONCE: Final = 64                      # clocks that are read after one slice
+AT_ONCE: Final = 32                      # vCPUs that are read after one slice
 READ_ALL_WITHIN_NS: Final = 250_000_000  # each thread is read at least this often
 COMPUTING: Final = 4                     # asleep by its own word, yet ran over 1/4 of the time
 READY: Final = 4                         # waiting vCPUs that a breath's end lets go on
@@ -197,7 +197,7 @@ class Dispatcher:
     __slots__ = (
         "_asked", "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit",
         "_decision", "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
-        "_plain", "_queue", "_relevel", "_retry", "_ring", "_script", "_settings", "_shared", "_slice_breath",
+        "_plain", "_queue", "_read", "_relevel", "_retry", "_ring", "_script", "_settings", "_shared", "_slice_breath",
         "_slice_edge_late",
         "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress", "_slice_start", "_states",
         "_tape", "_turn", "_vcpus", "_watched", "_words",
@@ -222,6 +222,7 @@ class Dispatcher:
         self._vcpus: dict[Slot, _Vcpu] = {}
         self._order: list[_Vcpu] = []      # for reading in turn
         self._turn = 0
+        self._read: list[_Vcpu] = []       # of these the clocks were read after the last slice
         self._credit = 0
         self._epoch = -1
         self._retry = False                # a vCPU is ours, but its last owner still has it
@@ -331,6 +332,7 @@ class Dispatcher:
         """
         start, pick, words, queue = self._slice_start, self._pick, self._words, self._queue
         elapsed = now - start
+        self._read = self._order
         if elapsed <= 0:
             return False
         queue.advance(elapsed)
@@ -379,19 +381,25 @@ class Dispatcher:
         """Bill whoever may have run beside the pick; returns what they did, by mode."""
         pick, order = self._pick, self._order
         others = [0, 0]
-        few = len(order) <= AT_ONCE
-        for vcpu in order if few else self._watched:
+        if len(order) <= AT_ONCE:
+            for vcpu in order:
+                if vcpu is not pick:
+                    others[vcpu.mode] += self._charge(vcpu)
+            return others
+        self._read = read = [*self._watched]
+        for vcpu in self._watched:
             if vcpu is not pick:
                 others[vcpu.mode] += self._charge(vcpu)
-        if few:
-            return others
+        if pick is not None and not pick.watched:
+            read.append(pick)
         for _ in range(AT_ONCE):
             if unexplained - others[0] - others[1] <= UNEXPLAINED_NS + self._decision:
                 break
             self._turn = (self._turn + 1) % len(order)
             vcpu = order[self._turn]
-            if vcpu is not pick:
+            if vcpu is not pick and not vcpu.watched:
                 others[vcpu.mode] += self._charge(vcpu)
+                read.append(vcpu)
         return others
 
     # -- who is here -------------------------------------------------------------------------
@@ -622,16 +630,11 @@ class Dispatcher:
         """Who competes from now on."""
         elapsed = now - self._slice_start
         if not explained:
-            few, pick = len(self._order) <= AT_ONCE, self._pick
-            for vcpu in self._order:
-                if vcpu.paused:
-                    continue
-                # Who did nothing and says what it said before is what it was; of very many without a page those that
-                # sleep are asked as they are read.
-                if (vcpu.ran or vcpu.watched or vcpu is pick
-                        or (not vcpu.awake and few if vcpu.status is None
-                            else vcpu.awake is (vcpu.status[_PHASE] in _SLEEPING))):
+            for vcpu in self._read:
+                # It may have been taken from us since.
+                if not vcpu.paused and self._vcpus.get(vcpu.slot) is vcpu:
                     self._look(vcpu, now, elapsed)
+            self._watched = [vcpu for vcpu in self._watched if vcpu.watched]
             return
         pick = self._pick
         if pick is not None and not pick.paused:

@@ -458,15 +458,31 @@ def test_of_very_many_sleepers_each_nanosecond_is_billed_and_whoever_wakes_is_se
         host.kernel.run((due - host.now) * 2 // 3, host.cpu)
         host.now = due
     assert reads <= 51 * (AT_ONCE + 4)
-    # One that says it sleeps and ran all the same is billed in turn, one that wakes competes from the next slice.
-    liar, waker = 100, 200
+    # One that says it sleeps and ran all the same is billed in turn, and one that wakes is seen in turn.
+    liar, waker = 60, 100
     threads[liar].ran += 123_456
     threads[waker].wants = True
     pages[waker][1] = Phase.RUNNING
     host.kernel.run(SLICE // 2, host.cpu)
     host.now += SLICE
-    host.go(1)
+    for _ in range(count // AT_ONCE + 1):
+        due = host.dispatcher.step(host.now)
+        assert due is not None
+        host.kernel.run((due - host.now) // 2, host.cpu)
+        host.now = due
     assert shared.slot_get(waker, "awake")
+    # Some are taken away between the reading and the look.
+    for slot in range(0, count, 3):
+        shared.slot_set(slot, "want_cpu", NOBODY)
+        shared.bump()
+        due = host.dispatcher.step(host.now)
+        assert due is not None
+        host.kernel.run((due - host.now) // 2, host.cpu)
+        host.now = due
+    for slot in range(0, count, 3):
+        assert shared.slot_get(slot, "have_cpu") == NOBODY
+        shared.slot_set(slot, "want_cpu", 1)
+    shared.bump()
     host.go(60)
     assert shared.slot_get(liar, "charged_ns") == threads[liar].ran
     host.dispatcher.leave(host.now)
