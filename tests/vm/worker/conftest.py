@@ -50,6 +50,11 @@ def file() -> Iterator[Callable[..., int]]:
         os.close(fd)
 
 
+@pytest.fixture
+def ended():
+    return []
+
+
 class FakeClock:
     """2026-03-01 12:34:56 UTC, one second after the host's boot."""
 
