@@ -317,7 +317,7 @@ def test_a_capped_vcpu_is_stopped_when_its_budget_is_used_up(host: Host) -> None
     assert not one.stopped
 
 
-def test_hand_over_between_cpus_loses_nothing_and_bills_nothing_twice() -> None:
+def two_hosts() -> tuple[Shared, Host, Host]:
     shared = Shared.create([1, 2], slots=4, ring_records=64)
     shared.set("slice_ns", SLICE)
     shared.set("guard_timeout_ns", 1 << 60)
@@ -325,8 +325,13 @@ def test_hand_over_between_cpus_loses_nothing_and_bills_nothing_twice() -> None:
     second.dispatcher = Dispatcher(
         shared, Settings(kind="precise", cpu=2, index=1, home_cpus=(0, 1)),
         second.kernel, second, 1_000)  # type: ignore[arg-type]
-    thread = first.add(0, 0.5)
     second.kernel.threads = first.kernel.threads
+    return shared, first, second
+
+
+def test_hand_over_between_cpus_loses_nothing_and_bills_nothing_twice() -> None:
+    shared, first, second = two_hosts()
+    thread = first.add(0, 0.5)
     first.go(10)
     for _ in range(5):
         for owner, other in ((first, second), (second, first)):
@@ -348,17 +353,6 @@ def test_hand_over_between_cpus_loses_nothing_and_bills_nothing_twice() -> None:
     fd = shared.fd
     shared.close()
     os.close(fd)
-
-def two_hosts() -> tuple[Shared, Host, Host]:
-    shared = Shared.create([1, 2], slots=4, ring_records=64)
-    shared.set("slice_ns", SLICE)
-    shared.set("guard_timeout_ns", 1 << 60)
-    first, second = Host(shared=shared), Host(shared=shared, cpu=2)
-    second.dispatcher = Dispatcher(
-        shared, Settings(kind="precise", cpu=2, index=1, home_cpus=(0, 1)),
-        second.kernel, second, 1_000)  # type: ignore[arg-type]
-    second.kernel.threads = first.kernel.threads
-    return shared, first, second
 
 
 def awake_ns(shared: Shared, slot: int, now: int) -> int:
@@ -426,6 +420,7 @@ def test_a_cpu_that_waits_for_a_vcpu_from_another_looks_again_soon() -> None:
     fd = shared.fd
     shared.close()
     os.close(fd)
+
 
 @pytest.mark.parametrize("kind", ["precise", "gentle"])
 def test_of_very_many_sleepers_each_nanosecond_is_billed_and_whoever_wakes_is_seen(kind: str) -> None:

@@ -15,20 +15,13 @@ from mixvisor.sched.hostcpus import cpus_left, usable_cpus
 from mixvisor.sched.supervisor import Scheduler
 from mixvisor.vm.worker.status import Phase
 
+from ..trees import tree
 from .conftest import CPU, Spawner, Spinner, until
 from .test_scheduler import thread
 
 Make = Callable[[int], list[Spinner]]
 CPUSET = Path("/sys/fs/cgroup/cpuset")
 needs_two_cpus = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two host CPUs")
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return root
 
 
 @pytest.mark.parametrize(("files", "cpus"), [

@@ -13,6 +13,8 @@ import pytest
 
 from mixvisor.service.limits import explain, processes_left, shortage
 
+from ..trees import tree
+
 ENOUGH = {"vms": 10, "vcpus": 10, "disks": 0, "cpus": 2, "open_files": 10_000, "processes": 10_000}
 
 
@@ -32,14 +34,6 @@ def test_what_does_not_suffice_is_one_sentence_with_what_to_do(change: dict[str,
     message, advice = short
     assert says in message
     assert do in advice
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return root
 
 
 @pytest.mark.parametrize(("files", "left"), [

@@ -11,6 +11,8 @@ import pytest
 
 from mixvisor.vm.host import HostFacts, KvmAnswers, explain
 
+from ..trees import tree
+
 INTEL = "vendor_id : GenuineIntel\nmodel name : Xeon\nflags : fpu lm vmx\n"
 AMD = "vendor_id : AuthenticAMD\nmodel name : EPYC\nflags : fpu lm svm\n"
 CLOUD = "vendor_id : AuthenticAMD\nmodel name : EPYC\nflags : fpu lm hypervisor\n"
@@ -30,17 +32,9 @@ def refuses(number: int) -> Ask:
     return ask
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
 def host(root: Path, cpuinfo: str, ask: Ask, *, modules: str = "",
          **files: str) -> HostFacts:
-    write(root, {"proc/cpuinfo": cpuinfo, "proc/modules": modules, **files})
+    tree(root, {"proc/cpuinfo": cpuinfo, "proc/modules": modules, **files})
     return HostFacts.read(root, ask)
 
 
@@ -91,7 +85,7 @@ def test_a_forbidden_device_has_the_group_as_its_remedy(tmp_path: Path) -> None:
 
 
 def test_a_file_in_the_place_of_the_device_does_not_answer(tmp_path: Path) -> None:
-    write(tmp_path, {"proc/cpuinfo": INTEL, "dev/kvm": "no device"})
+    tree(tmp_path, {"proc/cpuinfo": INTEL, "dev/kvm": "no device"})
     assert HostFacts.read(tmp_path).kvm.state == "not-answering"
 
 

@@ -134,16 +134,9 @@ class Ledger:
             site = self._rest[kind] = Site(kind, 0, "", f"(beyond the first {SITES_MAX} places)", "")
         return site
 
-    def sites(self, limit: int) -> list[Site]:
-        """The places with the most exits first, at most *limit*."""
-        return sorted((*self._places.values(), *self._rest.values()), key=lambda site: -site.count)[:limit]
-
-    @property
-    def places(self) -> int:
-        return len(self._places) + len(self._rest)
-
-    def total(self) -> int:
-        return sum(site.count for site in (*self._places.values(), *self._rest.values()))
+    def sites(self) -> tuple[Site, ...]:
+        """All places so far, as they came. Whole also while another thread counts on."""
+        return (*self._places.values(), *self._rest.values())
 
     def last(self) -> list[Site]:
         """The newest exits, the newest last; `count` is the place's, not the exit's."""
@@ -154,7 +147,7 @@ def together(ledgers: Iterable[Ledger]) -> list[Site]:
     """The places of several vCPUs as one list, the most exits first. Others may count on meanwhile."""
     merged: dict[tuple[int, int], Site] = {}
     for ledger in ledgers:
-        for site in ledger.sites(SITES_MAX + len(EXIT_KINDS)):
+        for site in ledger.sites():
             one = merged.get((site.kind, site.address))
             if one is None:
                 one = merged[site.kind, site.address] = Site(

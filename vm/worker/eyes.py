@@ -33,16 +33,23 @@ SITES_TOLD: Final = 256                # of the ledger's places in one answer
 
 
 class Eyes:
-    """`stopped` must be called after each `Cpu.run`; `close` before the process does something else."""
+    """`stopped` must be called after each `Cpu.run`; `close` before the process does something else.
 
-    def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage, post_codes: Iterable[int],
-                 lock: AbstractContextManager[Any] | None = None) -> None:
+    others: vCPUs that other threads run, whose exits are watched too. lock: of the machine, where there are any.
+    """
+
+    def __init__(self, memory: mmap.mmap, cpu: Cpu, status: StatusPage, post_codes: Iterable[int], *,
+                 others: Iterable[Cpu] = (), lock: AbstractContextManager[Any] | None = None) -> None:
         self._memory = memory
         self._status = status
         self._post_codes = post_codes
-        self.ledger = Ledger(memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block", lock=lock)
-        self._ledgers = [self.ledger]          # one a vCPU
-        self.attach(cpu)
+        self._ledgers: list[Ledger] = []       # one a vCPU
+        for one in (cpu, *others):
+            ledger = Ledger(memory, one.where, one.get_state, blocks=one.stops_at == "block", lock=lock)
+            one.watch = ledger.note
+            self._ledgers.append(ledger)
+        self.ledger = self._ledgers[0]
+        self._cpu = cpu
         self._sampler: Sampler | None = None
         self._sampling = False
         self._until_ns = 0
@@ -52,13 +59,6 @@ class Eyes:
             "where": lambda _request: self.where(), "exits": self._exits, "profile": self._profile,
             "profile-end": self._profile_end,
         }
-
-    def join(self, others: Iterable[Cpu], lock: AbstractContextManager[Any]) -> None:
-        """Watch the exits of these vCPUs too, which other threads run."""
-        for cpu in others:
-            ledger = Ledger(self._memory, cpu.where, cpu.get_state, blocks=cpu.stops_at == "block", lock=lock)
-            cpu.watch = ledger.note
-            self._ledgers.append(ledger)
 
     def attach(self, cpu: Cpu) -> None:
         """Another vCPU goes on in place of the one so far."""

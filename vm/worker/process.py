@@ -114,8 +114,8 @@ class Worker:
         except EngineError as error:
             raise StartFailed("engine", str(error)) from error
         self.machine.attach(self.cpu)
-        self.eyes = Eyes(memory, self.cpu, status, self.machine.post_codes, self._lock)
-        self.eyes.join(self._others, self._lock)
+        self.eyes = Eyes(memory, self.cpu, status, self.machine.post_codes, others=self._others,
+                         lock=self._lock)
         self._requests |= self.eyes.requests
         if spec.restored:
             self._memory.raw = memory
