@@ -250,7 +250,7 @@ def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
         parts.append(header + path + bytes(-(len(header) + len(path)) % 4) + data + bytes(-len(data) % 4))
 
     folders = sorted({str(parent) for name in files for parent in Path(name).parents if str(parent) != "."})
-    for name in ("proc", "sys", "dev", "root", *folders):
+    for name in ("proc", "sys", "dev", "host", *folders):
         entry(name, stat.S_IFDIR | 0o755)
     entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     for name, (mode, data) in files.items():

@@ -552,7 +552,7 @@ def main() -> None:
                 line.tell(check=name, ok=None, words=str(error))
             except Wrong as error:
                 line.tell(check=name, ok=False, words=str(error)[:WORDS_MAX])
-            except Exception:
+            except Exception:                  # whatever it is fails this check, and is told; the others go on
                 line.tell(check=name, ok=False, words=traceback.format_exc()[-WORDS_MAX:])
             else:
                 line.tell(check=name, ok=True, words="", notes=notes)

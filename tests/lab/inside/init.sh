@@ -14,7 +14,7 @@ while read -r module options; do
     /bin/busybox insmod "/modules/$module.ko" $options || echo "init: module $module cannot be loaded"
 done < "/modules/$modules"
 tries=0
-until /bin/busybox mount -t iso9660 -o ro "/dev/$disk" /root 2>/dev/null; do
+until /bin/busybox mount -t iso9660 -o ro "/dev/$disk" /host 2>/dev/null; do
     tries=$((tries + 1))
     if [ $tries = 50 ]; then
         /bin/busybox dmesg | /bin/busybox grep -iE 'ata|scsi|sr[0-9]|cd|virtio|iso' | /bin/busybox tail -n 30
@@ -24,13 +24,13 @@ until /bin/busybox mount -t iso9660 -o ro "/dev/$disk" /root 2>/dev/null; do
     fi
     /bin/busybox sleep 0.1
 done
-for name in proc sys dev; do /bin/busybox mount -o move /$name /root/$name; done
+for name in proc sys dev; do /bin/busybox mount -o move /$name /host/$name; done
 for kind in amd intel; do
     # What the CPU has decides, as it does where udev loads modules.
     flag=svm; [ $kind = intel ] && flag=vmx
-    /bin/busybox grep -qw $flag /root/proc/cpuinfo || continue
+    /bin/busybox grep -qw $flag /host/proc/cpuinfo || continue
     while read -r module; do
-        /bin/busybox insmod "/root/lib/modules/$module.ko" || echo "init: module $module cannot be loaded"
+        /bin/busybox insmod "/host/lib/modules/$module.ko" || echo "init: module $module cannot be loaded"
     done < /modules/$kind
 done
-exec /bin/busybox switch_root /root /bin/busybox sh /lab/start
+exec /bin/busybox switch_root /host /bin/busybox sh /lab/start
