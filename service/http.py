@@ -119,7 +119,7 @@ async def _connections(
         nonlocal ended
         try:
             await handle(await anyio.abc.SocketStream.from_socket(connection))
-        except Exception:
+        except Exception:      # the edge of a connection: it ends, the others and the service do not
             log.exception("a connection of the API failed", code="connection-failed")
         finally:
             sockets.discard(connection)
