@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from ..metrics.snapshot import Snapshot
     from .rates import VmRate
 
@@ -65,6 +68,7 @@ def top(sort: str, limit: int | None, once: bool, interval: float, output: str) 
 
     console = stdout_console()
     live: Live | None = None
+    interrupted: list[int] = []
     with connect() as client, contextlib.ExitStack() as terminal:
         old: Snapshot = client.snapshot()
         try:
@@ -73,7 +77,8 @@ def top(sort: str, limit: int | None, once: bool, interval: float, output: str) 
                 live.start()
                 if sys.stdin.isatty():
                     terminal.enter_context(_keys_at_once())
-            while True:
+                interrupted = terminal.enter_context(_remembering_interrupts())
+            while not interrupted:
                 if live is None or not sys.stdin.isatty():
                     time.sleep(interval)
                 elif _asked_to_end(interval):
@@ -114,6 +119,22 @@ def _keys_at_once() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def _remembering_interrupts() -> Iterator[list[int]]:
+    """SIGINT raises KeyboardInterrupt as ever, and is noted: one that is raised in a finalizer is lost otherwise."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _asked_to_end(seconds: float) -> bool:

@@ -21,6 +21,7 @@ import trio
 from click.testing import CliRunner
 
 from mixvisor.cli import main as cli
+from mixvisor.cli.show import _remembering_interrupts
 from mixvisor.service.api import control_app
 from mixvisor.service.http import CannotListen, serve
 from mixvisor.vm.host import HostFacts, KvmFacts
@@ -374,6 +375,22 @@ def test_top_draws_again_and_again_and_ends_with_ctrl_c(service, path, terminal)
     window.until("mode switches/s")
     window.type(b"\x03")
     assert window.end() == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_is_lost_in_a_finalizer_is_still_known():
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with _remembering_interrupts() as came:
+        assert not came
+        Dying()                                # its exception is ignored, as any from there
+        assert came
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 # Files.
