@@ -337,6 +337,7 @@ def contract(host: Host, line: Line) -> str:
         code = pytest.main(["-q", "--tb=short", "-p", "pytest_trio.plugin", "-p", "no:cacheprovider",
                             "-p", "no:faulthandler", "--assert=plain",
                             *(HARDWARE[host.emulator] if host.hardware else WITHOUT_KVM),
+                            *(f"--deselect={SUITE}/{name}" for name in host.left_out),
                             *(f"--ignore={SUITE}/{name}.py" for name in LEFT_OUT[host.emulator] if host.hardware)],
                            plugins=[teller])
     counts = teller.counts

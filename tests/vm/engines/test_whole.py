@@ -258,8 +258,7 @@ def test_an_interrupt_that_kvm_has_taken_and_not_delivered_is_carried(make):
 @both_ways
 def test_the_instruction_behind_sti_is_done_before_an_interrupt_also_after_a_move(make, here, there):
     machine = make(here)
-    machine.run("43 43 f4")                    # inc bx; inc bx; hlt: once, so that the page is there
-    machine.load("43 43 f4")
+    machine.load("43 43 f4")                   # inc bx; inc bx; hlt
     machine.interrupt(0x20, "f4")
     whole = machine.cpu.get_whole()
     whole.registers.gpr[RFLAGS] |= 0x200
