@@ -18,13 +18,14 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 import trio
 
 from .accounts import CpuAccount
+from .dispatcher import INTERRUPT
 from .selftest import Verdict, try_kind
 from .shared import CPU_FIELDS, NOBODY, RingReader, Shared
 from .table import Table, Vcpu
@@ -373,6 +374,18 @@ class Crew:
             if self.closing:
                 return
             await self._start_dispatcher(host)
+
+    def billed(self) -> dict[int, int]:
+        """Of each host CPU, the time up to which what was received there is known."""
+        shared = self._shared
+        return {host.cpu: shared.cpu_get(host.index, "billed_ns") for host in self.hosts.values()}
+
+    def interrupt(self, cpus: Iterable[int]) -> None:
+        """Let the slices of these host CPUs end now."""
+        for cpu in cpus:
+            process = self.hosts[cpu].process
+            if process is not None:
+                process.signal(INTERRUPT)
 
     def replace(self, cpus: Sequence[int]) -> None:
         """These CPUs' dispatchers do not answer: others take their place."""

@@ -19,6 +19,10 @@ while another is awake. It dozes above the picked one, so that it runs the momen
 competes from the next slice; one that is ahead of its share waits like anybody else until that
 is worn off. So waking early gains latency, never time, and so does lying about it.
 
+Coming and going.  Who moves to another host CPU leaves at the end of a slice, which the supervisor ends early for it
+(`interrupt`): with long slices a CPU would else have one too few for that long, and another one too many. Until one
+that is on its way has come, slices are short; once it is here, the pick has no claim to stay.
+
 Breathing (precise only).  The kernel freezes real-time threads that never leave the CPU to
 others; so for a tenth of the time nothing of ours is: 2 to 5 ms of every 20 to 50, whole slices
 where they are that short, so that the edges are slice ends and wake nobody. The picked one runs
@@ -41,6 +45,7 @@ was compiled (steady.py), and here where it was not or something is not usual.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
@@ -55,6 +60,7 @@ from .shared import (
     ACTIVE,
     CPU_FIELDS,
     HEADER,
+    LAGS_KEPT,
     LENT,
     MODES,
     NOBODY,
@@ -71,10 +77,12 @@ from .shared import (
 )
 from .tape import InputFile, Manner, Tape
 
-__all__ = ["Dispatcher", "Inbox", "Parcel", "Settings"]
+__all__ = ["INTERRUPT", "Dispatcher", "Inbox", "Parcel", "Settings"]
 
+# Blocked and waited for by the process around a dispatcher: the slice is to end. One that is ignored where it is not.
+INTERRUPT: Final = signal.SIGURG
 IDLE_TICK_NS: Final = 5_000_000          # nobody awake: how soon a waker is noticed
-AWAITED_TICK_NS: Final = 200_000         # nobody here, and one is on the way from another host CPU
+AWAITED_TICK_NS: Final = 200_000         # one is on the way from another host CPU; longer each time
 UNEXPLAINED_NS: Final = 150_000          # of a slice: interrupts, the timer, our own work
 AT_ONCE: Final = 32                      # vCPUs that are read after one slice
 READ_ALL_WITHIN_NS: Final = 250_000_000  # each thread is read at least this often
@@ -117,6 +125,7 @@ _LEAVE: Final = CPU_FIELDS["leave"]
 _BEAT: Final = CPU_FIELDS["heartbeat_ns"]
 _REFUSALS: Final = CPU_FIELDS["refusals"]
 _RUNNABLE: Final = CPU_FIELDS["runnable"]
+_BILLED: Final = CPU_FIELDS["billed_ns"]
 _POLICY: Final = (
     "policy", "slice_ns", "ratelimit_ns", "mode_batch_ns", "mode_wait_max_ns", "mode_budget_ns", "order_jitter_ns",
     "order_seed", "script_cpu")
@@ -195,10 +204,10 @@ class Dispatcher:
 
     # Beyond thirty attributes CPython gives up its fast access, except by slots.
     __slots__ = (
-        "_asked", "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit",
-        "_decision", "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_order", "_parcels", "_pick",
-        "_plain", "_queue", "_read", "_relevel", "_retry", "_ring", "_script", "_settings", "_shared", "_slice_breath",
-        "_slice_edge_late",
+        "_arrived", "_asked", "_base", "_beat_seen", "_breath_ns", "_breathes", "_breathing", "_capped", "_credit",
+        "_decision", "_early", "_edge", "_edge_at", "_epoch", "_inbox", "_kernel", "_lags", "_order", "_parcels",
+        "_pick", "_plain", "_queue", "_read", "_relevel", "_retry", "_ring", "_script", "_settings", "_shared",
+        "_slice_breath", "_slice_edge_late",
         "_slice_end", "_slice_flags", "_slice_ns", "_slice_previous", "_slice_progress", "_slice_start", "_states",
         "_tape", "_turn", "_vcpus", "_watched", "_words",
     )
@@ -225,7 +234,9 @@ class Dispatcher:
         self._read: list[_Vcpu] = []       # of these the clocks were read after the last slice
         self._credit = 0
         self._epoch = -1
-        self._retry = False                # a vCPU is ours, but its last owner still has it
+        self._retry = 0                    # so often a vCPU was ours, and its last owner still had it
+        self._arrived = False              # somebody came in this step
+        self._lags: dict[Slot, int] = {}   # before somebody went for whom another is to come
         self._capped = 0                   # how many of ours have a cap
         self._relevel = False              # somebody's level may have to change
         self._pick: _Vcpu | None = None
@@ -285,6 +296,11 @@ class Dispatcher:
             self._follow_breath()
         end, edge = self._slice_end, self._edge
         return end if end < edge else edge
+
+    def interrupt(self, now: int) -> None:
+        """Let the slice end by `now`: a vCPU is to come or to go. Not while a script is played."""
+        if self._script is None and now < self._slice_end:
+            self._slice_end = now
 
     def note_decision(self, took_ns: int) -> None:
         """How long the last step took, from wake-up to going to sleep."""
@@ -354,7 +370,12 @@ class Dispatcher:
                 if not vcpu.paused:
                     if vcpu is not pick:
                         self._look(vcpu, now, READ_ALL_WITHIN_NS)
-                    words[vcpu.base + _LAG] = self._queue.lag_ns(vcpu.slot)
+                    words[vcpu.base + _LAG] = 0 if self._plain else queue.lag_ns(vcpu.slot)
+        if len(self._order) <= LAGS_KEPT and not self._plain:
+            for vcpu in self._order:
+                if not vcpu.paused:
+                    words[vcpu.base + _LAG] = queue.lag_ns(vcpu.slot)
+        words[self._base + _BILLED] = now
         flags = self._slice_flags
         if self._breathing:
             since = self._edge_at
@@ -408,7 +429,7 @@ class Dispatcher:
         """Let go of what was taken from us, take what was given, follow changed parameters."""
         words = self._words
         epoch = words[_EPOCH]
-        self._retry = False
+        retry, self._retry = self._retry + 1, 0
         self._relevel = True
         cpu = self._settings.cpu
         asked = self._wanted()
@@ -424,11 +445,13 @@ class Dispatcher:
                 self._record_inputs(parcel)
             else:
                 self._parcels[slot] = parcel
-        for vcpu in list(self._vcpus.values()):
-            if words[vcpu.base + _WANT] != cpu:
-                self._release(vcpu, now)
-            else:
-                self._follow(vcpu, now)
+        leaving = [vcpu for vcpu in self._order if words[vcpu.base + _WANT] != cpu]
+        if leaving and not self._lags and self._script is None and len(self._order) <= LAGS_KEPT:
+            self._lags = {v.slot: self._queue.lag_ns(v.slot) for v in self._order if not v.paused}
+        for vcpu in leaving:
+            self._release(vcpu, now)
+        for vcpu in self._order:
+            self._follow(vcpu, now)
         used = words[HEADER["used_slots"]]
         first = self._shared.slot(0)
         wants = words[first + _WANT:first + used * SLOT_WORDS:SLOT_WORDS].tolist()
@@ -437,11 +460,27 @@ class Dispatcher:
                 base = first + index * SLOT_WORDS
                 if words[base + _HAVE] == NOBODY:
                     self._take(Slot(index), base, now)
+                    self._arrived = True
                 else:
-                    self._retry = True
+                    self._retry = retry
         self._capped = sum(1 for vcpu in self._order if vcpu.cap)
+        if self._arrived:
+            self._settle()
+        if not self._retry:
+            self._lags.clear()
         self._epoch = epoch
         words[self._base + CPU_FIELDS["seen_epoch"]] = epoch
+
+    def _settle(self) -> None:
+        """Somebody came, perhaps in place of another: all others are owed what they were before.
+
+        In between those left behind owed nobody anything, and one alone is never ahead: that would be forgiven.
+        """
+        queue = self._queue
+        more = [(vcpu.slot, self._lags[vcpu.slot] - queue.lag_ns(vcpu.slot)) for vcpu in self._order
+                if vcpu.slot in self._lags and not vcpu.paused]
+        for slot, ns in more:
+            queue.owe(slot, ns)
 
     def _record_inputs(self, file: InputFile) -> None:
         """Note what the run queue is told from now on; of a file that is none: no longer (tape.py)."""
@@ -536,7 +575,9 @@ class Dispatcher:
         words, base = self._words, vcpu.base
         words[base + _BUDGET] = self._queue.budget_ns(vcpu.slot)
         words[base + _CAPPED] += self._queue.take_capped_ns(vcpu.slot)
-        words[base + _LAG] = self._queue.remove(vcpu.slot)
+        lag = self._queue.remove(vcpu.slot)
+        # Where the kernel alone picks, what it withheld grows for ever, and is nobody's debt.
+        words[base + _LAG] = 0 if self._plain else lag
         if vcpu.awake and words[base + _WANT] != NOBODY and not vcpu.paused:
             # On the way to its next dispatcher it wants the CPU as before: `_set_awake` goes on there.
             words[self._base + _RUNNABLE + vcpu.mode] -= 1
@@ -698,7 +739,10 @@ class Dispatcher:
 
     def _decide(self, now: int) -> None:
         old, queue = self._pick, self._queue
-        slot = None if self._plain else queue.pick(old.slot if old is not None else None)
+        # Whoever came may be owed more than the pick, which would else be left alone for a while.
+        current = None if old is None or self._arrived else old.slot
+        self._arrived = False
+        slot = None if self._plain else queue.pick(current)
         new = self._vcpus[slot] if slot is not None else None
         self._pick = new
         flags = 0
@@ -724,9 +768,11 @@ class Dispatcher:
                 flags |= self._script.entry << RECORD_ENTRY_SHIFT
                 self._breath_ns = max(length, BREATH_MAX_NS // length * length)
         else:
-            length = AWAITED_TICK_NS if self._retry else IDLE_TICK_NS
+            length = IDLE_TICK_NS
             if self._capped:
                 length = min(length, queue.unpark_in_ns() or length)
+        if self._retry:
+            length = min(length, self._retry * AWAITED_TICK_NS)
         # Ends lie on a fixed grid as long as we are not behind by a whole slice.
         grid = self._slice_end + length
         self._slice_end = grid if now < grid <= now + length else now + length

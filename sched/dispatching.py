@@ -4,7 +4,9 @@ Purpose.  What dispatcher.py decides is pure but for its `Kernel`; here are the 
 capabilities of the process, and the socket over which the supervisor hands it descriptors.
 
 Theory.  One loop: step, note how long that took, sleep until it is due again.  Where steady.py's C part was compiled it
-takes the usual steps, sleep included, and comes back when something is not usual.
+takes the usual steps, sleep included, and comes back when something is not usual.  The sleep ends early for one
+signal, `INTERRUPT`, which is blocked and waited for: the supervisor wants the slice to end. Nothing is lost when it
+comes at another moment (it is pending then), nor where it cannot be sent: a move then takes up to a slice.
 
 Invariants.
 - However the loop ends but by a signal that kills, every thread is given back (`leave`).
@@ -31,7 +33,7 @@ from typing import Any
 
 from ..vm.worker.status import STATUS_SIZE
 from . import linux, steady
-from .dispatcher import Dispatcher, Parcel, Settings
+from .dispatcher import INTERRUPT, Dispatcher, Parcel, Settings
 from .linux import Kernel
 from .shared import CPU_FIELDS, EVENTS, NOBODY, Shared
 from .tape import InputFile
@@ -90,15 +92,17 @@ def main(arguments: dict[str, Any], fds: list[int]) -> int:
     shared = Shared(shared_fd)
     link = socket.socket(fileno=link_fd)
     block = shared.cpu(settings.index)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {INTERRUPT})
     # What stops a process politely leaves the threads to the supervisor, as a crash would.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.sched_setaffinity(0, {settings.cpu})
+    linux.set_timer_slack(1)           # else it is 50 us with kernels before 6.12
     if settings.kind != "plain":
         linux.become_realtime(linux.DISPATCHER_PRIORITY)
     # CAP_KILL: stopping a VM whose cap is used up, where VMs run as another user.
     linux.keep_capabilities(linux.CAP_SYS_NICE, linux.CAP_KILL)
     gc.disable()                       # no cycles are made below; a collection would be late
-    clock, cpu_clock, sleep = time.monotonic_ns, time.thread_time_ns, time.sleep
+    clock, cpu_clock, wait = time.monotonic_ns, time.thread_time_ns, signal.sigtimedwait
     words = shared.words
     words[block + CPU_FIELDS["start_ticks"]] = linux.start_ticks(os.getpid()) or 0
     words[block + CPU_FIELDS["pid"]] = os.getpid()
@@ -119,10 +123,11 @@ def main(arguments: dict[str, Any], fds: list[int]) -> int:
             if usual is not None and usual.possible():
                 now = usual.run(earlier) or clock()
                 continue
-            # clock_nanosleep: one call where a timerfd takes two, and as punctual.
-            if due > before:
-                sleep((due - before) / 1e9)
+            # One call where a timerfd takes two, and as punctual.
+            interrupted = due > before and wait((INTERRUPT,), (due - before) / 1e9) is not None
             now = clock()
+            if interrupted:
+                dispatcher.interrupt(now)
     finally:
         dispatcher.leave(clock())
         words[cpu_at] = earlier + cpu_clock()

@@ -32,6 +32,7 @@ _NEEDED: Final = object()
 CALLS: Final[Mapping[str, Mapping[str, object]]] = {
     "add": {"slot": _NEEDED, "rate": _NEEDED, "lag_ns": 0, "mode": 0, "latency": LATENCIES.index(LATENCY_DEFAULT)},
     "remove": {"slot": _NEEDED},
+    "owe": {"slot": _NEEDED, "more_ns": _NEEDED},
     "set_rate": {"slot": _NEEDED, "rate": _NEEDED},
     "set_latency": {"slot": _NEEDED, "latency": _NEEDED},
     "set_slice": {"slice_ns": _NEEDED, "ratelimit_ns": None},

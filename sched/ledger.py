@@ -2,11 +2,13 @@
 
 Entitlement.  A VM is entitled to its share *of what the VMs got together*: CPU time that the
 host's other work took is nobody's debt. So entitled and received add up to the same, and lag
-has no drift. It accrues only while the VM competes. VMs that lend their time to a measurement
+has no drift. It accrues only while the VM competes, and up to the end of the last slice of its host CPU: what the
+slice that runs now gives, nobody knows yet. VMs that lend their time to a measurement
 (loan.py) are entitled to theirs together; among them each to what the script gave it.
 
 Lag.  A placement cannot give everybody what it is due in each of its periods, so on several host CPUs a vCPU may be
-owed, or ahead by, two periods besides what its run queue lets it come to; that is fed back (planner.py). One that
+owed, or ahead by, two periods besides what its run queue lets it come to; that is fed back (planner.py), less what
+its run queue owes it (`local_lag_ns`): that is a matter of whose turn it is, and no matter of its place. One that
 sleeps is owed no more than on one CPU, and a debt wears off in its sleep, as in its run queue.
 
 Readings come from the shared table, where dispatchers leave totals; nothing here is lost when a
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from .accounts import VcpuFigures, fairness
@@ -30,8 +32,12 @@ from .table import Table, Vcpu
 __all__ = ["Ledger"]
 
 WINDOW: Final = 20                 # accounts that the fairness index looks back over: 2 s
+HALF_NS: Final = 300_000_000       # after so long a reading of what host CPUs give counts half
 PERIODS: Final = 2                 # of the placement: what one may be owed for having been on a crowded host CPU
 AWHILE_NS: Final = 1_000_000       # of sleep since the last account: less is how exactly it is known
+READINGS: Final = 3                # of the table at most, until one was not disturbed
+READ: Final = ("owned_generation", "charged_ns", "first_run_ns", "awake", "awake_since_ns", "awake_ns", "have_cpu",
+               "lag_ns")
 TICK_NS: Final = 5_000_000         # how old the kernel's figure for a running thread may be
 
 
@@ -46,56 +52,75 @@ class Ledger:
         self.slice_ns = slice_ns
         self.batch_ns = batch_ns
         self._accounted_ns = 0
-        self._unspent_ns = 0.0           # received by VMs, and not yet accrued to anybody
+        self._wanted_ns = self._given_ns = 0.0     # of late: entitlements, and what was received of them
+        self._unspent_ns = 0.0           # received by VMs and not yet accrued to anybody, or (< 0) the other way
         self._window: deque[dict[int, tuple[int, float]]] = deque(maxlen=WINDOW)
 
-    def account(self, now: int, cpus: int, period_ns: int = 0) -> None:
-        """Bill what was received on *cpus* host CPUs, accrue what was due. Idempotent.
+    def account(self, now: int, billed: Callable[[], Mapping[int, int]], period_ns: int = 0) -> None:
+        """Bill what was received, accrue what was due. Idempotent.
 
-        *period_ns*: of the placement, 0 where there is none of ours.
+        *billed*: of each host CPU, up to when what was received there is known. Only up to then anything is due, or
+        who runs would always be ahead of itself by the slice that is not over. *period_ns*: of the placement, 0 where
+        there is none of ours.
         """
         table = self._table
-        owned, charged, first_run, awake_word, awake_since, awake_sum = map(table.column, (
-            "owned_generation", "charged_ns", "first_run_ns", "awake", "awake_since_ns", "awake_ns"))
+        until_of, (owned, charged, first_run, awake_word, awake_since, awake_sum, haves, lags) = self._read(billed)
         due: list[tuple[Vcpu, float, int]] = []
-        competed: list[int] = []
+        slept: list[int] = []
         elapsed, self._accounted_ns = now - self._accounted_ns, now
         for vcpu in table:
             slot = vcpu.slot
             if owned[slot] != vcpu.generation:
                 continue
             run = charged[slot] - first_run[slot]
+            until = max(vcpu.seen_until, min(now, until_of.get(haves[slot], now)))
+            went_by, vcpu.seen_until = until - (vcpu.seen_until or until), until
+            vcpu.local_lag_ns = lags[slot]
             awake = awake_sum[slot]
             if awake_word[slot]:
-                awake += max(0, now - awake_since[slot])
+                awake += max(0, until - awake_since[slot])
             # Read in the midst of a change the sum may step back for once: not below what was.
             passed = max(0, awake - vcpu.seen_awake)
             vcpu.seen_awake += passed
             received = max(0, run - vcpu.seen_run)
             vcpu.seen_run += received
             due.append((vcpu, vcpu.share * passed, received))
-            competed.append(passed)
+            slept.append(went_by - passed)
         due = _among_lenders(due)
         wanted = sum(entitled for _vcpu, entitled, _received in due)
         slice_ns = float(self.slice_ns)
         limits = {name: slice_ns * (1.0 + one.credit) + 2.0 * self.batch_ns
                   for name, one in zip(LATENCIES, CLASSES, strict=True)}
-        # Bills arrive slice by slice, time passes evenly: what one look has too much of, the
-        # next one lacks, so some slices' worth is carried.
-        granted = self._unspent_ns + sum(received for _vcpu, _entitled, received in due)
-        scale = min(1.0, granted / wanted) if wanted else 0.0
-        self._unspent_ns = min(granted - wanted * scale, 4 * slice_ns * cpus)
-        spread = PERIODS * period_ns if cpus > 1 else 0
-        for (vcpu, entitled, received), passed in zip(due, competed, strict=True):
+        # What one CPU withholds is everybody's loss, and bills come CPU by CPU: so the part of entitlements that is
+        # received is that of the last while, and what it leaves over or lacks is carried.
+        given = sum(received for _vcpu, _entitled, received in due)
+        kept = 0.5 ** (elapsed / HALF_NS)
+        self._wanted_ns = self._wanted_ns * kept + wanted
+        self._given_ns = self._given_ns * kept + given
+        scale = 0.0
+        if self._wanted_ns:
+            scale = max(0.0, min(1.0, (self._given_ns + self._unspent_ns) / self._wanted_ns))
+        most = 4 * slice_ns * len(until_of)
+        self._unspent_ns = max(-most, min(self._unspent_ns + given - wanted * scale, most))
+        spread = PERIODS * period_ns if len(until_of) > 1 else 0
+        for (vcpu, entitled, received), asleep in zip(due, slept, strict=True):
             vcpu.entitled_ns += entitled * scale
             limit = limits[vcpu.latency]
             vcpu.drift_ns += entitled * scale - received
             lag = vcpu.lag_ns + entitled * scale - received
             # Asleep it is no longer owed what its place made it miss, and a debt wears off.
-            slept = elapsed - passed
-            if slept > 0 and lag < 0.0:
-                lag = min(0.0, lag + vcpu.nominal * slept)
-            vcpu.lag_ns = max(-limit - spread, min(limit + (0.0 if slept > AWHILE_NS else spread), lag))
+            if asleep > 0 and lag < 0.0:
+                lag = min(0.0, lag + vcpu.nominal * asleep)
+            vcpu.lag_ns = max(-limit - spread, min(limit + (0.0 if asleep > AWHILE_NS else spread), lag))
+
+    def _read(self, billed: Callable[[], Mapping[int, int]]) -> tuple[Mapping[int, int], list[list[int]]]:
+        """What was billed until when, and the columns READ, of one moment: no slice ended in the midst of it."""
+        for _ in range(READINGS - 1):
+            until_of = billed()
+            columns = [self._table.column(name) for name in READ]
+            if billed() == until_of:
+                return until_of, columns
+        return billed(), [self._table.column(name) for name in READ]
 
     def remember(self) -> None:
         """One more point of the window that `fairness` looks back over."""

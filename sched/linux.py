@@ -50,7 +50,7 @@ from typing import Final, NamedTuple, Protocol
 __all__ = [
     "CAP_KILL", "CAP_SYS_NICE", "DISPATCHER_PRIORITY", "GUARD_PRIORITY", "KINDS", "EventCounter", "Kernel",
     "Level", "RunClock", "State", "become_realtime", "explain_refusal", "give_back",
-    "keep_capabilities", "kill_exactly", "start_ticks", "states_of",
+    "keep_capabilities", "kill_exactly", "set_timer_slack", "start_ticks", "states_of",
 ]
 
 KINDS: Final = ("precise", "gentle", "signal", "plain")
@@ -272,6 +272,11 @@ class _CapHeader(ctypes.Structure):
 class _CapData(ctypes.Structure):
     _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32),
                 ("inheritable", ctypes.c_uint32))
+
+
+def set_timer_slack(ns: int) -> None:
+    """How much later than asked for this thread's sleeps may end."""
+    _libc.prctl(29, ns, 0, 0, 0)                    # PR_SET_TIMERSLACK
 
 
 def keep_capabilities(*wanted: int) -> None:

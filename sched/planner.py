@@ -10,6 +10,8 @@ Scale.  Plans cost in proportion to vCPUs and host CPUs, so with many they are r
 placements are sought in a thread, on values: the event loop and with it the heartbeat go on. Between plans a
 host CPU that has nothing to run takes a vCPU that waits elsewhere (`steal`), which needs no plan.
 
+A move does not wait for the end of a slice: the dispatchers of both host CPUs are interrupted for it.
+
 Invariant. `want_cpu` changes only while `have_cpu == want_cpu`; one plan or steal at a time.
 Where it is poor: a vCPU that wakes keeps its nominal rate until the next plan (30 ms).
 """
@@ -25,7 +27,7 @@ import trio
 
 from .model import LATENCIES, Placement, VcpuLoad, VmDemand
 from .policy import Partition, Policy, Split, Tenant, cores_of, entitle, place
-from .shared import MODES, NOBODY, ONE_CPU
+from .shared import LAGS_KEPT, MODES, NOBODY, ONE_CPU
 from .table import Table, Vcpu
 
 __all__ = ["BALANCE_MAX_S", "BALANCE_PART", "BALANCE_S", "Planner"]
@@ -44,9 +46,9 @@ LOWEST_RATE: Final = 1e-6
 
 class Planner:
     """slice_ns: of the run queues. siblings, caches: who shares a core, and who a last-level cache, with each host
-    CPU, where known. account: brings the ledger up to date. send_parcel: a vCPU's pages to its next CPU. split: told
-    the partition, None without. clock: ns; another one where time is simulated. offload: whether long plans may be
-    made in a thread.
+    CPU, where known. account: brings the ledger up to date. send_parcel: a vCPU's pages to its next CPU. interrupt:
+    lets the slices of host CPUs end now, between which vCPUs move. split: told the partition, None without. clock: ns;
+    another one where time is simulated. offload: whether long plans may be made in a thread.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Planner:
         siblings: Mapping[int, frozenset[int]], caches: Mapping[int, frozenset[int]],
         account: Callable[[], None],
         send_parcel: Callable[[int, Vcpu], Awaitable[None]],
+        interrupt: Callable[[Iterable[int]], None],
         split: Callable[[Split | None], None],
         clock: Callable[[], int] = time.monotonic_ns, offload: bool = True,
     ) -> None:
@@ -64,9 +67,11 @@ class Planner:
         self._siblings, self._caches = siblings, caches
         self._tell_split = split
         self._clock = clock
+        self._policy = policy
         self.adopt(policy)
         self._account = account
         self._send_parcel = send_parcel
+        self._interrupt = interrupt
         self.period_s = BALANCE_S        # until the next plan
         self._shares: dict[_Asks, dict[str, float]] = {}
         self._lefts: dict[frozenset[int], frozenset[int]] = {}     # of affinities, what is there
@@ -81,9 +86,11 @@ class Planner:
 
     def adopt(self, policy: Policy) -> None:
         """Plan by *policy* from now on."""
-        self._policy = policy
+        ours, self._policy = self._policy.dispatches, policy
         for vcpu in self._table:
             vcpu.drift_ns = 0.0          # what another policy made of it says nothing of its place
+            if not ours:
+                vcpu.lag_ns = 0.0        # what the kernel withheld or gave too much was by other weights than ours
         self._partition = (
             Partition(cores_of(self._cpus, self._siblings, self._caches)) if policy.partitions else None)
         self._split: Split | None = None
@@ -206,6 +213,7 @@ class Planner:
         nominal = self._entitled(self._asks(everyone=True, cpus_of=self._confined))
         wants = table.column("want_cpu")
         dispatches, several = self._policy.dispatches, len(self._cpus) > 1
+        crowd = Counter(wants[vcpu.slot] for vcpu in vcpus)
         loads: list[VcpuLoad] = []
         for vcpu in vcpus:
             slot, vm = vcpu.slot, vcpu.thread.vm
@@ -218,7 +226,7 @@ class Planner:
                     slot=slot, entitled=vcpu.share or nominal[vm],
                     # Placement turns lag into a higher rate for one period. On a single CPU the
                     # run queue keeps the lag itself, and we plan only when something changes.
-                    lag_ns=self._misplaced_ns(vcpu) if several else 0,
+                    lag_ns=self._misplaced_ns(vcpu, crowd[want] > LAGS_KEPT) if several else 0,
                     drift_ns=round(vcpu.drift_ns),
                     cpus=self._confined(vcpu), last_cpu=want if want != NOBODY else None,
                     mode=vcpu.thread.mode))
@@ -230,8 +238,13 @@ class Planner:
         await self._publish(vcpus, placement, nominal, count)
         self.took_s += took_s + time.thread_time() - began
 
-    def _misplaced_ns(self, vcpu: Vcpu) -> int:
-        """Its lag, but for what is a matter of whose turn it is: that its run queue makes good by itself."""
+    def _misplaced_ns(self, vcpu: Vcpu, crowded: bool) -> int:
+        """Its lag, but for what is a matter of whose turn it is: that its run queue makes good by itself.
+
+        *crowded*: there are so many beside it that its lag there is not known at every moment.
+        """
+        if not crowded:
+            return round(vcpu.lag_ns - vcpu.local_lag_ns)
         turn = self.slice_ns / 2
         return round(vcpu.lag_ns - max(-turn, min(turn, vcpu.lag_ns)))
 
@@ -270,10 +283,13 @@ class Planner:
                     moves.append((vcpu, to))
                 else:
                     self.dirty = True
+        between: set[int] = set()
         for vcpu, to in moves:
-            changed |= await self._move(vcpu, to)
+            if await self._move(vcpu, to):
+                between |= {wants[vcpu.slot], to}
         if changed or moves:
             table.bump()
+        self._interrupt(between - {NOBODY})
 
     async def _move(self, vcpu: Vcpu, to: int) -> bool:
         """Give a vCPU to another host CPU, if it is still anybody's to give."""
@@ -303,6 +319,7 @@ class Planner:
         if not due or max(runnable.values()) < 2:
             return 0
         stolen = 0
+        between: set[int] = set()
         async with self._planning:
             on = self._waiting_by_cpu()
             for cpu in due:
@@ -317,8 +334,10 @@ class Planner:
                     runnable[donor] -= 1
                     runnable[cpu] += 1
                     stolen += 1
+                    between |= {donor, cpu}
             if stolen:
                 table.bump()
+                self._interrupt(between)
         return stolen
 
     def _waiting_by_cpu(self) -> dict[int, list[Vcpu]]:

@@ -46,10 +46,10 @@ from typing import Final, NamedTuple
 
 __all__ = [
     "ACTIVE", "CPU_FIELDS", "CPU_WORDS", "DECISION_BOUNDS_NS", "EVENTS", "HEADER", "HEADER_WORDS",
-    "LATENESS_BOUNDS_NS", "LENT", "MODES", "NOBODY", "ONE_CPU", "PAUSED", "RECORD_ENTRY_SHIFT", "RECORD_IDLE",
-    "RECORD_MIGRATED", "RECORD_WORDS", "RESIDENCIES", "RUN_LENGTH_BOUNDS_NS", "SCRIPT_ENTRIES", "SLOT_FIELDS",
-    "SLOT_WORDS", "RingReader", "RingWriter", "ScriptReader", "ScriptWriter", "Shared", "SharedMemoryError",
-    "SliceRecord", "bucket",
+    "LAGS_KEPT", "LATENESS_BOUNDS_NS", "LENT", "MODES", "NOBODY", "ONE_CPU", "PAUSED", "RECORD_ENTRY_SHIFT",
+    "RECORD_IDLE", "RECORD_MIGRATED", "RECORD_WORDS", "RESIDENCIES", "RUN_LENGTH_BOUNDS_NS", "SCRIPT_ENTRIES",
+    "SLOT_FIELDS", "SLOT_WORDS", "RingReader", "RingWriter", "ScriptReader", "ScriptWriter", "Shared",
+    "SharedMemoryError", "SliceRecord", "bucket",
 ]
 
 MAGIC: Final = 0x3144_4548_4353_564D           # "MVSCHED1"
@@ -122,7 +122,8 @@ SLOT_FIELDS, _used = _number((
     "awake",            # 1: competes for the CPU
     "awake_since_ns",   # CLOCK_MONOTONIC of when it began to, while awake
     "awake_ns",         # time for which it competed before that
-    "lag_ns",           # on its present host CPU; goes with it to the next
+    "lag_ns",           # on its present host CPU; goes with it to the next. As of the last slice of `LAGS_KEPT` or
+                        # fewer; of more, as of when it was last read in turn
     "budget_ns",        # of its cap, likewise
     "capped_ns",        # wanted the CPU, and its cap was used up
     "gone",             # 1: the kernel knows the thread no more
@@ -132,6 +133,7 @@ assert _used <= SLOT_WORDS
 ACTIVE: Final = 1
 PAUSED: Final = 2
 LENT: Final = 4                # its time is lent to a script
+LAGS_KEPT: Final = 32
 
 CPU_WORDS: Final = 64
 CPU_FIELDS, _used = _number((
@@ -145,6 +147,7 @@ CPU_FIELDS, _used = _number((
     "lost_threads",     # threads that ended while they were scheduled
     "refusals",         # calls that the kernel did not permit
     ("runnable", len(MODES)),        # awake vCPUs placed here, by mode
+    "billed_ns",        # CLOCK_MONOTONIC up to which what its vCPUs received is in their words
     "script_at",        # number of the next entry of the script
 ))
 assert _used <= CPU_WORDS

@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define VERSION 7
+#define VERSION 8
 #define ONE_CPU 1000000000.0
 #define UNIT 1073741824.0                   /* fair.py, _UNIT */
 #define REBASE_NS 1099511627776.0
@@ -28,6 +28,7 @@
 #define READ_ALL_WITHIN_NS 250000000
 #define COMPUTING 4
 #define READY 4
+#define LAGS_KEPT 32
 #define BREATHLESS 9
 #define HEARTBEAT_EVERY_NS 20000000
 #define NOBODY (-1)
@@ -64,14 +65,14 @@ struct vcpu {                               /* dispatcher.py, _Vcpu: all of them
 
 struct calls {                              /* instead of the kernel's, for tests; NULL = the kernel */
     word (*now)(void);
-    void (*sleep_until)(word due);
+    word (*sleep_until)(word due);          /* 1: interrupted */
     word (*run_ns)(word vcpu);
     word (*set)(word vcpu, word old, word new);      /* states; 0, or the error's number */
 };
 
 struct fields {                             /* where things are: indices of words */
     word halt, epoch, heartbeat, timeout, used_slots, first_slot, slot_words, policy[12], policies;
-    word leave, beat, seen_epoch, head, cpu_ns, refusals;
+    word leave, beat, seen_epoch, head, cpu_ns, refusals, billed;
     word want, flags, rate, cap, latency, charged, leak, slices, lag, picked;
     word active, active_mask;
 };
@@ -535,6 +536,11 @@ static void finish(struct steady *g, word now)
                 vcpu->words[g->at.lag] = lag_of(g, vcpu);
         }
     }
+    if (g->count <= LAGS_KEPT)
+        for (word i = 0; i < g->count; i++)
+            if (!g->vcpus[i].paused)
+                g->vcpus[i].words[g->at.lag] = lag_of(g, &g->vcpus[i]);
+    g->block[g->at.billed] = now;
     if (g->breathing)
         g->slice_breath += now - (g->edge_at > start ? g->edge_at : start);
     pick->words[g->at.slices]++;
@@ -621,6 +627,27 @@ word steady_size(word which)
     return which < (word)(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
 }
 
+/* Whether the supervisor wants the slice to end (dispatching.py) before it is `due`. */
+static int sleep_until(const struct steady *g, word now, word due)
+{
+    sigset_t only;
+    struct timespec left;
+
+    if (g->calls)
+        return (int)g->calls->sleep_until(due);
+    sigemptyset(&only);
+    sigaddset(&only, SIGURG);
+    for (; now < due; now = monotonic(g)) {
+        left.tv_sec = (due - now) / 1000000000;
+        left.tv_nsec = (due - now) % 1000000000;
+        if (sigtimedwait(&only, NULL, &left) == SIGURG)
+            return 1;
+        if (errno != EINTR)
+            return 0;
+    }
+    return 0;
+}
+
 /*
  * Sleep and take steps for as long as they are usual. On return `now` is when the next step is to be taken, by
  * Python, and nothing of it has been done. It is 0 between two steps: when so many as asked for were taken, when a call
@@ -632,16 +659,10 @@ void steady_run(struct steady *g)
 
     for (;;) {
         word due = g->slice_end < g->edge ? g->slice_end : g->edge;
-        if (due > before) {
-            if (g->calls) {
-                g->calls->sleep_until(due);
-            } else {
-                struct timespec t = { due / 1000000000, due % 1000000000 };
-                while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL) == EINTR)
-                    ;
-            }
-        }
+        int interrupted = due > before && sleep_until(g, before, due);
         g->now = monotonic(g);
+        if (interrupted && g->now < g->slice_end)
+            g->slice_end = g->now;
         if (!usual(g, g->now))
             return;
         step(g, g->now);

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calls", "Steady", "load"]
 
-VERSION: Final = 7
+VERSION: Final = 8
 _POLICIES_MAX: Final = 12
 WORTH: Final = 16                  # vCPUs whose numbers are copied to C and back in the time that a step there saves
 _word = ctypes.c_int64
@@ -68,7 +68,7 @@ class Calls(ctypes.Structure):
 
     _fields_ = [
         ("now", ctypes.CFUNCTYPE(_word)),
-        ("sleep_until", ctypes.CFUNCTYPE(None, _word)),
+        ("sleep_until", ctypes.CFUNCTYPE(_word, _word)),      # 1: interrupted
         ("run_ns", ctypes.CFUNCTYPE(_word, _word)),
         ("set", ctypes.CFUNCTYPE(_word, _word, _word, _word)),
     ]
@@ -80,7 +80,7 @@ class _Fields(ctypes.Structure):
             "halt", "epoch", "heartbeat", "timeout", "used_slots", "first_slot", "slot_words")),
         ("policy", _word * _POLICIES_MAX), ("policies", _word),
         *((name, _word) for name in (
-            "leave", "beat", "seen_epoch", "head", "cpu_ns", "refusals",
+            "leave", "beat", "seen_epoch", "head", "cpu_ns", "refusals", "billed",
             "want", "flags", "rate", "cap", "latency", "charged", "leak", "slices", "lag", "picked", "active",
             "active_mask")),
     ]
@@ -181,6 +181,7 @@ class Steady:
             first_slot=dispatcher._shared.slot(0), slot_words=SLOT_WORDS, policies=len(dispatcher.POLICY_WORDS),
             leave=CPU_FIELDS["leave"], beat=CPU_FIELDS["heartbeat_ns"], seen_epoch=CPU_FIELDS["seen_epoch"],
             head=CPU_FIELDS["head"], cpu_ns=CPU_FIELDS["cpu_ns"], refusals=CPU_FIELDS["refusals"],
+            billed=CPU_FIELDS["billed_ns"],
             want=SLOT_FIELDS["want_cpu"], flags=SLOT_FIELDS["flags"], rate=SLOT_FIELDS["rate"],
             cap=SLOT_FIELDS["cap"], latency=SLOT_FIELDS["latency"], charged=SLOT_FIELDS["charged_ns"],
             leak=SLOT_FIELDS["leak_ns"], slices=SLOT_FIELDS["slices"],

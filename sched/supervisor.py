@@ -106,7 +106,7 @@ class Scheduler:
         self._planner = Planner(
             self._table, self._cpus, self._policy, slice_ns=slice_ns, migrate_resist_ns=migrate_resist_ns,
             siblings=siblings or {}, caches=caches or {}, account=self._account,
-            send_parcel=self._crew.send_parcel, split=self._tell_split)
+            send_parcel=self._crew.send_parcel, interrupt=self._crew.interrupt, split=self._tell_split)
         self._host_cpus = HostCpus(
             self._table, self._crew, self._planner, self._cpus, usable=usable_cpus, refused=self._reservations_refused,
             warn=self._warn, unwarn=self._unwarn)
@@ -433,7 +433,7 @@ class Scheduler:
                 self._observer.slices(host.cpu, records)
             if (loan := self._lender.loan) is not None and loan.cpu == host.cpu:
                 loan.note(records)
-        self._ledger.account(time.monotonic_ns(), len(self._cpus), self._planner.period_ns)
+        self._ledger.account(time.monotonic_ns(), self._crew.billed, self._planner.period_ns)
 
     def recording(self, reason: str, seconds: float | None = None) -> PackedRecording:
         """The slices of the last `seconds` (None: all that are kept), the newest included."""
@@ -474,6 +474,12 @@ class Scheduler:
         """CPU time of software and of hardware VMs on each host CPU so far, ns; as of the last account."""
         return {host.cpu: (host.account.residency_ns[0], host.account.residency_ns[1])
                 for host in self._crew.hosts.values()}
+
+    def dispatching_ns(self) -> int:
+        """CPU time of the dispatchers of all host CPUs so far."""
+        shared = self._shared
+        return 0 if shared is None else sum(
+            shared.cpu_get(host.index, "cpu_ns") for host in self._crew.hosts.values())
 
     def figures(self, vm: str) -> VcpuFigures | None:
         """The first vCPU of a VM; after its release the last state; None: unknown here."""

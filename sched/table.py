@@ -65,9 +65,11 @@ class Vcpu:
     nominal: float = 0.0             # that when all vCPUs want to run
     entitled_ns: float = 0.0
     lag_ns: float = 0.0
+    local_lag_ns: int = 0            # of that, what its run queue owes it and will make good by itself
     drift_ns: float = 0.0            # entitled - received since it came to its host CPU, not clamped
     seen_run: int = 0
     seen_awake: int = 0
+    seen_until: int = 0              # what it received and was due is known up to then
     wait_ns: int = 0
     emulator_ns: int = 0
     stat_fd: int = -1

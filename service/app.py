@@ -148,6 +148,7 @@ class Service:
         self.measuring = Measuring(
             host, self.facts.topology, running=self._seen, scheduling=lambda: self.scheduling,
             dispatch=self._dispatch, ran=lambda: self._scheduler.ran_by_mode() if self._scheduler else {},
+            dispatching=lambda: self._scheduler.dispatching_ns() if self._scheduler else 0,
             on_demand=lambda: self._measured.result, tell=self._told)
         self._rivals = Rivals(self.board, self.facts.technology, refuse=config.host.conflicts == "refuse")
 

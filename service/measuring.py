@@ -1,10 +1,11 @@
 """The cost of mixing, measured while the service runs: slices in, figures for everybody who shows or uses them out.
 
 Theory.  The scheduler hands over the slice records that it reads anyway. Once a second they are folded into the online
-estimate (metrics/mixing/online.py), every `ESTIMATE_S` it is asked what it knows; both in a worker thread, off the
-host CPUs of the VMs. Records of a host CPU on which only one mode ran are thrown away unread, so a host whose modes do
-not meet pays nothing. Once `FULL` blocks are known it is *thrifty*: it looks for `STRETCH_S` of every `CYCLE_S` and
-only then asks, which keeps the figure fresh for a twenty-fourth of the cost.
+estimate (metrics/mixing/online.py), in a worker thread, off the host CPUs of the VMs. Records of a host CPU on which
+only one mode ran are thrown away unread, so a host whose modes do not meet pays nothing. It looks in stretches of
+`STRETCH_S`, after each of which the estimate is asked what it knows, and begins one only when all that it has spent,
+in CPU time, is below `BUDGET` of what the dispatchers have: about five seconds of every minute. So the figure
+becomes sharp in minutes and stays fresh, and what measuring costs is bounded on every host.
 
 Two measurements may be there: this one, and the one that `mixvisor measure` made (measured.py). `told` is the
 one that warnings, gauges and budgets go by: what was concluded online, since it is about these VMs; else what was
@@ -38,16 +39,14 @@ from ..vm.host import CpuFacts
 from ..vm.hosts.instructions import why_not_counted
 from .sharing import crossing_cost
 
-__all__ = ["ESTIMATE_S", "FOLD_S", "Measuring", "preferred"]
+__all__ = ["BUDGET", "FOLD_S", "STRETCH_S", "Measuring", "preferred"]
 
 log = structlog.get_logger("mixvisor")
 
 FOLD_S: Final = 1.0
-ESTIMATE_S: Final = 10.0
-FULL: Final = 300                  # blocks known, to be thrifty from then on
-TOO_FEW: Final = 100               # to be so no longer
-CYCLE_S: Final = 120.0
 STRETCH_S: Final = 5.0
+BUDGET: Final = 0.008              # of the dispatchers' CPU time
+CREDIT_NS: Final = 10_000_000      # unspent budget that is kept: of more, modes that meet at last would take too much
 PENDING: Final = 40_000
 NAMES: Final = 8_192
 LATELY_S: Final = 60.0             # both modes on a host CPU within this time: "together"
@@ -66,13 +65,15 @@ def preferred(online: MixingResult | None, on_demand: MixingResult | None, host:
 class Measuring:
     """running: the VMs that run now: mode, and whether the guest keeps a progress counter. scheduling: [scheduler] as
     in force. dispatch: the kind in force. ran: CPU time of software and of hardware VMs on each host CPU so far, ns.
-    on_demand: what `mixvisor measure` found (measured.py). tell: called with `told` whenever it is looked at.
+    dispatching: CPU time of the dispatchers so far, ns. on_demand: what `mixvisor measure` found (measured.py). tell:
+    called with `told` whenever it is looked at.
     """
 
     def __init__(
         self, host: MeasuredHost, topology: Iterable[CpuFacts], *,
         running: Callable[[], Mapping[str, tuple[Mode, bool]]], scheduling: Callable[[], SchedulerConfig],
         dispatch: Callable[[], str], ran: Callable[[], Mapping[int, tuple[int, int]]],
+        dispatching: Callable[[], int],
         on_demand: Callable[[], MixingResult | None], tell: Callable[[MixingResult | None], None],
     ) -> None:
         self._host = host
@@ -83,6 +84,7 @@ class Measuring:
         self._dispatch = dispatch
         self._ran = ran
         self._ran_before: Mapping[int, tuple[int, int]] = {}
+        self._dispatching = dispatching
         self._on_demand = on_demand
         self._tell = tell
         self._no_instructions = why_not_counted()
@@ -93,7 +95,10 @@ class Measuring:
         self._pending: dict[int, list[SliceRecord]] = {}
         self._waiting = 0
         self._looking = True
-        self._thrifty = False
+        self.budget = BUDGET
+        self._credit_ns = 0.0
+        self._paid_ns = 0                    # of `cpu_ns`
+        self._dispatched_ns = 0
         self._looked_ns = self._skipped_ns = 0       # since crossings were counted last
         self._names: dict[int, str] = {}
         self._lost_ns: dict[str, float] = {}
@@ -122,20 +127,28 @@ class Measuring:
 
     async def run(self) -> None:
         """Until cancelled."""
-        estimated = time.monotonic()
+        self._dispatched_ns = self._dispatching()
+        began = time.monotonic()
         while True:
             await trio.sleep(FOLD_S)
-            now = time.monotonic()
-            wanted = now - estimated >= (CYCLE_S if self._thrifty else ESTIMATE_S)
-            estimated = now if wanted else estimated
+            over = self._looking and time.monotonic() - began >= STRETCH_S
             try:
-                await self._round(wanted)
+                await self._round(over)
             except Exception as error:
                 # Figures are worth less than the VMs: say so, and begin anew.
                 log.error("measuring the cost of mixing failed and begins anew", code="measuring-failed",
                           exc_info=error)
                 self._online.reset(self._scheduling().slice_us * 1000)
-            self._looking = not self._thrifty or now - estimated >= CYCLE_S - STRETCH_S
+            self._settle()
+            if over or not self._looking:
+                began, self._looking = time.monotonic(), self._credit_ns >= 0.0
+
+    def _settle(self) -> None:
+        """What may be spent, by now."""
+        dispatched = self._dispatching()
+        earned = self.budget * max(0, dispatched - self._dispatched_ns)
+        self._credit_ns = min(CREDIT_NS, self._credit_ns + earned - (self.cpu_ns - self._paid_ns))
+        self._dispatched_ns, self._paid_ns = dispatched, self.cpu_ns
 
     async def _round(self, estimate: bool) -> None:
         began = time.thread_time_ns()
@@ -171,7 +184,6 @@ class Measuring:
             found = await trio.to_thread.run_sync(work)
             if found is not None:
                 self._estimate = found
-                self._thrifty = found.blocks >= (TOO_FEW if self._thrifty else FULL)
                 self._conclude(config)
                 self._count_lost()
 

@@ -194,6 +194,17 @@ class Runqueue:
             self._current = None
         return round(entry.lag)
 
+    def owe(self, slot: Slot, more_ns: int) -> None:
+        """It is owed so much more (or less), and the others together as much less, in proportion to weight.
+
+        Linear: told of all of them, in any order, each ends with the lag that is meant where those sum to zero, and
+        else all are off it in proportion to weight. A sleeper's lag stays.
+        """
+        entry = self._entry(slot)
+        if entry.awake:
+            self._virtual -= more_ns / self._weight
+            self._set_v(entry, entry.v - more_ns / entry.weight)
+
     def set_rate(self, slot: Slot, rate: float) -> None:
         """From now on it accrues at *rate*; what it is owed already stays the same."""
         entry = self._entry(slot)

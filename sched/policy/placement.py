@@ -9,13 +9,13 @@ better then. The error is fed back and not forgotten, so it stays bounded by abo
 the long-run share is exact.
 
 How. Start from where everybody is. (1) If that meets the entitlements, only a lasting imbalance
-(a CPU owing its vCPUs half a period) is worth a move. (2) If not, look for a static packing
+(a CPU owing its vCPUs a quarter of a period) is worth a move. (2) If not, look for a static packing
 that does (best fit, decreasing, with bounded backtracking): once found there is nothing more to
 move. (3) Take the most overloaded CPU and make the move or exchange that relieves it most, or
 where affinity bars that a chain of moves, as long as it gains `migrate_resist_ns`. (4) Fill
 idle CPUs from shared ones. (5) Host CPUs do not give VMs the same (the service itself runs on some
 of them). Where (3) cannot make that good, because a vCPU needs about a whole CPU, two CPUs exchange
-what they run once the one's has fallen behind, and the other's got ahead, since it came there. A
+what they run once the one's has fallen behind the other's, since both came there. A
 vCPU keeps off CPUs that others, with fewer to choose from, need in full (flow.py): what it took
 there they could never get back.
 Invariants: every vCPU with an allowed CPU is placed on one; rates on a used CPU sum to 1; no
@@ -46,9 +46,10 @@ __all__ = ["place"]
 _SLACK: Final = 0.001          # host CPUs by which a packing may exceed one: fed back by lag
 _SEARCH: Final = 2_000         # CPUs that the static packing looks at after its first way down
 _TARGETS: Final = 8            # CPUs considered for a vCPU on an overloaded one, least loaded first
+_LASTING: Final = 0.25         # of a period: a host CPU that owes less than that is left alone, where all fits
 _LATE: Final = 0.25            # of a period: who is owed more is served before the others
 _TRICKLE: Final = 0.125        # least part of its entitlement that a vCPU far ahead still gets
-_UNEVEN: Final = 1 / 3         # of a period: so far apart, vCPUs of two CPUs change places
+_UNEVEN: Final = 0.25          # of a period: so far apart, vCPUs of two CPUs change places
 _HEAVY: Final = 0.5            # host CPUs: of such there is one on a CPU, and no more lag fits into a period
 _CROWD: Final = 8              # vCPUs that change places at most: with more, smaller steps do
 _STALL: Final = 0.001          # the same beside a late vCPU: next to nothing, rates stay positive
@@ -81,7 +82,7 @@ def place(
     plan = _Plan(sorted(here), items, period_ns)
     patience = float(max(1, migrate_resist_ns))
     if plan.settled() or plan.pack():
-        patience = max(patience, period_ns / 2)
+        patience = max(patience, period_ns * _LASTING)
     plan.relieve(patience)
     plan.fill_idle()
     plan.take_turns()
@@ -224,12 +225,12 @@ class _Plan:
     def take_turns(self) -> None:
         """Let what runs on a host CPU that gives less change places with what runs on one that gives more.
 
-        Who fell behind since it came where it is, and who got ahead, can only be told by that: which CPU
+        That the one fell behind since it came where it is, and the other got ahead, is all that tells: which CPU
         gives more is not known here. After an exchange both begin anew, so it takes as long again to the next.
         """
         if not all(self.on.values()):
             return                           # there is room: nobody has to share what is uneven
-        enough = _UNEVEN * self.period / 2
+        enough = _UNEVEN * self.period
         heads = {cpu: max(group, key=lambda i: (i.entitled, i.slot)) for cpu, group in self.on.items()
                  if all(item.home == cpu for item in group)}
         owed = sorted(heads, key=lambda cpu: (-heads[cpu].lag, cpu))
@@ -239,8 +240,9 @@ class _Plan:
                 continue
             alike = abs(one.entitled - two.entitled) <= _SLACK
             away, back = ([one], [two]) if alike else (self.on[poor][:], self.on[rich][:])
-            if (sum(i.lag for i in away) > enough and sum(i.lag for i in back) < -enough
-                    and sum(i.drift for i in away) > enough and sum(i.drift for i in back) < -enough
+            behind, ahead = sum(i.drift for i in away), sum(i.drift for i in back)
+            if (sum(i.lag for i in away) - sum(i.lag for i in back) > enough
+                    and behind > 0.0 > ahead and behind - ahead > enough
                     and len(away) + len(back) <= _CROWD
                     and all(rich in item.allowed for item in away) and all(poor in item.allowed for item in back)):
                 for item in away:

@@ -123,6 +123,8 @@ class Simulation:
         self._seconds = 0.0
         self._so_far: Callable[[float], None] = lambda _seconds: None
         self._decisions = 0
+        self._due = [0] * scenario.host.cpus       # when each dispatcher takes its next step
+        self._interrupted: set[int] = set()
         vms = [(index, vm, name) for index, vm in enumerate(scenario.vms) for name in vm.names]
         demands = [self._demand(index, vm, name) for index, vm, name in vms]
         refusal = admit(demands, self._cpus)
@@ -150,7 +152,7 @@ class Simulation:
         self._planner = Planner(
             self._table, self._cpus, self._parts, slice_ns=self._slice_ns,
             migrate_resist_ns=scheduler.migrate_resist_us * 1000, siblings={}, caches={},
-            account=self._account, send_parcel=self._send_parcel, split=lambda _split: None,
+            account=self._account, send_parcel=self._send_parcel, interrupt=self._interrupt, split=lambda _split: None,
             clock=lambda: self.machine.now, offload=False)
         self._inboxes = [_Inbox() for _ in self._cpus]
         kernel = SimulatedKernel(self.machine)
@@ -230,20 +232,35 @@ class Simulation:
         self.machine.close_spans()
         self.machine.spans = None
 
+    def _interrupt(self, cpus: Iterable[int]) -> None:
+        for cpu in sorted(cpus):
+            self._interrupted.add(cpu)
+            self._wake(cpu, self.machine.now)
+
+    def _wake(self, number: int, due: int) -> None:
+        """Its dispatcher's next step, in place of any other that was to be the next."""
+        late = self._late_ns and round(self._late_ns * self._rng[number].lognormvariate(0.0, LATE_SPREAD))
+        self._due[number] = due + late
+        self.machine.post(due + late, self._step, number)
+
     def _step(self, number: int) -> None:
         """A dispatcher wakes."""
         machine = self.machine
+        if machine.now != self._due[number]:
+            return                           # it was interrupted since that was asked for
         cpu = machine.cpus[number]
         machine.settle(cpu)
         dispatcher = self._dispatchers[number]
+        if number in self._interrupted:
+            self._interrupted.discard(number)
+            dispatcher.interrupt(machine.now)
         due = dispatcher.step(machine.now)
         assert due is not None, "nobody told it to leave"
         cost = self._decision_ns(number)
         dispatcher.note_decision(cost)
         machine.decided(cpu, cost)
         self._decisions += 1
-        late = self._late_ns and round(self._late_ns * self._rng[number].lognormvariate(0.0, LATE_SPREAD))
-        machine.post(max(due, machine.now + cost) + late, self._step, number)
+        self._wake(number, max(due, machine.now + cost))
 
     def _decision_ns(self, _cpu: int) -> int:
         return self.machine.costs.dispatcher_ns
@@ -254,7 +271,12 @@ class Simulation:
         self.machine.post(self.machine.now + ACCOUNT_NS, self._look)
 
     def _account(self) -> None:
-        self._ledger.account(self.machine.now, len(self._cpus), self._planner.period_ns)
+        self._ledger.account(self.machine.now, self._billed, self._planner.period_ns)
+
+    def _billed(self) -> dict[int, int]:
+        shared = self._table.shared
+        assert shared is not None
+        return {cpu: shared.cpu_get(cpu, "billed_ns") for cpu in self._cpus}
 
     def _be_judged(self, _argument: int) -> None:
         for cpu in self.machine.cpus:

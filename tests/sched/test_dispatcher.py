@@ -417,9 +417,88 @@ def test_a_cpu_that_waits_for_a_vcpu_from_another_looks_again_soon() -> None:
     due = second.dispatcher.step(second.now)
     assert due is not None
     assert due - second.now <= AWAITED_TICK_NS < IDLE_TICK_NS
+    # Who has it may be long in letting it go: then not so often.
+    waits = []
+    for _ in range(40):
+        now = second.now
+        second.go(1)
+        waits.append(second.now - now)
+    assert sum(waits) > 40 * AWAITED_TICK_NS
+    assert max(waits) <= IDLE_TICK_NS
     fd = shared.fd
     shared.close()
     os.close(fd)
+
+
+def test_an_interrupt_ends_the_slice_and_who_is_to_go_goes_at_once() -> None:
+    shared, first, _second = two_hosts()
+    for slot in range(3):
+        first.add(slot, 1 / 3)
+    first.go(8)
+    first.dispatcher.step(first.now)
+    shared.slot_set(1, "want_cpu", 2)
+    shared.bump()
+    first.now += SLICE // 10
+    first.dispatcher.step(first.now)
+    assert shared.slot_get(1, "have_cpu") == 1, "a slice is not cut by a look alone"
+    first.dispatcher.interrupt(first.now)
+    first.dispatcher.step(first.now)
+    assert shared.slot_get(1, "have_cpu") == NOBODY
+    record = first.reader.read()[-1]
+    assert record.end_ns == first.now
+    assert record.late_ns == 0
+    fd = shared.fd
+    shared.close()
+    os.close(fd)
+
+
+def test_an_exchange_leaves_everybody_owed_what_they_were() -> None:
+    """Found: beside a heavy vCPU that went, a light one was alone for a moment and no longer ahead of its share, and
+    got another slice for nothing at each exchange: 100:1 on two CPUs was 0.4 % off with slices of 20 ms.
+    """
+    shared, first, second = two_hosts()
+    first.add(0, 0.99)
+    first.add(1, 0.01)
+    second.add(2, 0.99)
+    light = first.kernel.threads[101]
+    while not light.ran:
+        first.go(1)
+    first.go(4)
+    second.go(4)
+    for one in (first, second):
+        one.dispatcher.step(one.now)
+    ahead = first.dispatcher._queue.lag_ns(1)
+    assert ahead < -SLICE // 2
+    for slot, cpu in ((0, 2), (2, 1)):
+        shared.slot_set(slot, "want_cpu", cpu)
+    shared.bump()
+    for one in (first, second, first):
+        one.now += 1000
+        one.dispatcher.interrupt(one.now)
+        one.dispatcher.step(one.now)
+    assert shared.slot_get(2, "have_cpu") == 1
+    queue = first.dispatcher._queue
+    assert queue.lag_ns(1) == pytest.approx(ahead + shared.slot_get(2, "lag_ns") * 0.01, abs=SLICE * 0.02)
+    assert queue.lag_ns(1) + queue.lag_ns(2) == pytest.approx(0, abs=2)
+    # And it does not have the CPU while it is ahead, although it was picked last.
+    assert first.dispatcher._pick.slot == 2
+    fd = shared.fd
+    shared.close()
+    os.close(fd)
+
+
+def test_what_everybody_is_owed_is_in_the_table_after_each_slice(host: Host) -> None:
+    for slot in range(4):
+        host.add(slot, (slot + 1) / 10)
+    for _ in range(30):
+        host.go(1)
+        if host.dispatcher._breathing or host.now < host.dispatcher._slice_end:
+            continue
+        host.dispatcher.step(host.now)
+        lags = [host.shared.slot_get(slot, "lag_ns") for slot in range(4)]
+        assert host.shared.cpu_get(0, "billed_ns") == host.now
+        assert lags == [host.dispatcher._queue.lag_ns(slot) for slot in range(4)]
+        assert sum(lags) == pytest.approx(0, abs=4)
 
 
 @pytest.mark.parametrize("kind", ["precise", "gentle"])
@@ -670,6 +749,22 @@ def test_breaths_of_a_script_stay_within_what_the_kernel_allows_real_time_thread
         if not any(thread.policy == os.SCHED_FIFO and not thread.stopped for thread in threads):
             calm += host.now - start
     assert calm / (host.now - began) > 0.06       # the kernel wants 5 %
+
+
+def test_what_the_kernel_withheld_while_it_picked_is_nobodys_debt() -> None:
+    """Found: after the policy `kernel` a light VM was hundreds of ms ahead in its run queue, and waited for that."""
+    host = Host("plain")
+    for slot in range(2):
+        host.add(slot, (0.99, 0.01)[slot])
+    host.go(1)
+    for _ in range(100):
+        host.kernel.threads[101].ran += SLICE
+        host.now += SLICE
+        host.dispatcher.step(host.now)
+    host.dispatcher.leave(host.now)
+    assert host.shared.slot_get(1, "charged_ns") >= 100 * SLICE
+    assert [host.shared.slot_get(slot, "lag_ns") for slot in range(2)] == [0, 0]
+    host.close()
 
 
 def test_every_level_has_a_state_in_every_kind() -> None:

@@ -32,7 +32,7 @@ class Twin(Host):
     def __init__(self, kind: str, *, native: bool) -> None:
         super().__init__(kind)
         self.pages: dict[int, memoryview] = {}
-        self.late_by = 0
+        self.late_by = self.interrupted_every = 0
         self.steady: steady.Steady | None = None
         self.in_c = 0
         if native:
@@ -48,11 +48,15 @@ class Twin(Host):
         words[1] = Phase.RUNNING if slot + 100 not in self.kernel.threads else words[1]
         return memoryview(words)
 
-    def sleep(self, due: int) -> None:
-        at = due + (due * 2_654_435_761 >> 9) % (self.late_by + 1)
+    def sleep(self, due: int) -> int:
+        """1: interrupted, half-way."""
+        chance = due * 2_654_435_761 >> 9
+        interrupted = self.interrupted_every and chance % self.interrupted_every == 0
+        at = (self.now + due) // 2 if interrupted else due + chance % (self.late_by + 1)
         if at > self.now:
             self.kernel.run(at - self.now, self.cpu)
             self.now = at
+        return int(interrupted)
 
     def run_ns(self, index: int) -> int:
         thread = self.kernel.threads[self.dispatcher._order[index].tid]
@@ -90,7 +94,8 @@ class Twin(Host):
                     assert now == self.now
                     continue
                 due = min(self.dispatcher._slice_end, self.dispatcher._edge)
-            self.sleep(due)
+            if due > self.now and self.sleep(due):
+                self.dispatcher.interrupt(self.now)
 
     def everything(self) -> dict[str, Any]:
         queue = self.dispatcher._queue
@@ -99,6 +104,7 @@ class Twin(Host):
         return {
             "now": self.now,
             "slots": self.shared.words[first:used].tolist(),
+            "billed": self.shared.cpu_get(0, "billed_ns"),
             "block": self.shared.words[block:block + CPU_FIELDS["cpu_ns"]].tolist(),
             "records": RingReader(self.shared, 0).read(),
             "threads": {tid: (t.policy, t.priority, t.stopped, t.ran) for tid, t in self.kernel.threads.items()},
@@ -114,7 +120,7 @@ class Twin(Host):
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(("rate", "sleep", "wake", "pause", "go-on", "cap", "policy", "leave", "come", "gone", "late",
-                         "slice", "latency", "order", "nothing")),
+                         "interrupts", "slice", "latency", "order", "nothing")),
         st.integers(0, VCPUS - 1), st.integers(1, 1000), st.integers(1, 60)),
     min_size=1, max_size=25)
 
@@ -151,6 +157,8 @@ def happen(host: Twin, what: str, slot: int, number: int) -> None:
         thread.gone = True
     elif what == "late":
         host.late_by = number * 100
+    elif what == "interrupts":
+        host.interrupted_every = number % 6
     elif what == "order":
         shared.set("order_jitter_ns", number % 3 * 500_000)
         shared.set("order_seed", number)

@@ -423,3 +423,32 @@ def test_time_that_a_cap_took_is_told_and_only_while_the_cpu_was_wanted():
     queue.wake(0)
     queue.advance(5 * MS)
     assert queue.take_capped_ns(0) == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 1000), st.integers(-SLICE, SLICE)), min_size=2, max_size=8), st.randoms())
+def test_lags_can_be_set_anew_in_any_order_and_still_sum_to_zero(vcpus, chance):
+    """What a dispatcher does where one vCPU takes the place of another."""
+    queue = Runqueue(SLICE)
+    for slot, (weight, _lag) in enumerate(vcpus):
+        queue.add(slot, weight / 1000)
+    for _ in range(2 * len(vcpus)):
+        queue.charge(queue.pick(), SLICE)
+    more = [(slot, lag - queue.lag_ns(slot)) for slot, (_weight, lag) in enumerate(vcpus)]
+    chance.shuffle(more)
+    for slot, ns in more:
+        queue.owe(slot, ns)
+    total, weights = sum(lag for _weight, lag in vcpus), sum(weight for weight, _lag in vcpus)
+    for slot, (weight, lag) in enumerate(vcpus):
+        assert queue.lag_ns(slot) == pytest.approx(lag - total * weight / weights, abs=2 + len(vcpus))
+    assert sum(queue.lag_ns(slot) for slot in range(len(vcpus))) == pytest.approx(0, abs=len(vcpus))
+
+
+def test_a_sleeper_is_owed_nothing_more():
+    queue = Runqueue(SLICE)
+    queue.add(0, 0.5)
+    queue.add(1, 0.5)
+    queue.sleep(0)
+    queue.owe(0, SLICE)
+    assert queue.lag_ns(0) == 0
+    with pytest.raises(ValueError, match="slot 7"):
+        queue.owe(7, 1)

@@ -99,13 +99,14 @@ class Uneven(Simulation):
 WEIGHTS = [(1, 1), (1, 3), (1, 2, 4, 8), (100, 1), (1, 1, 1), (2, 3, 4)]
 
 
-@pytest.mark.parametrize("slice_us", [2000, 5000, 10_000])
+@pytest.mark.parametrize("slice_us", [2000, 5000, 10_000, 20_000])
 @pytest.mark.parametrize("weights", [*WEIGHTS, *(weights * 2 for weights in WEIGHTS[:4])])
 def test_shares_over_two_cpus_hold_within_three_in_a_thousand_also_where_one_gives_less(
     weights: tuple[int, ...], slice_us: int,
 ) -> None:
     """Found: lags were clamped to a slice, and what a period withheld beyond it was forgotten (2:3:4 at 2 ms: 11 %);
-    and nothing was done about a CPU that gives less (1.5 %).
+    nothing was done about a CPU that gives less (1.5 %); and with slices of 20 ms, which a move had to wait for, and
+    placement by lags that were whose turn it was, it was up to 0.9 %.
     """
     scale = 1 if max(weights) == 100 else 100
     mix = [{"weight": weight * scale, "mode": MODES[n % 2]} for n, weight in enumerate(weights)]
