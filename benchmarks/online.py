@@ -5,11 +5,11 @@ measured), 50 (the default) and 0 again (the null: it must not differ), in an or
 about a second each, so that whatever drifts on a shared machine drifts through all three alike. A round gives one
 figure; shown are medians over rounds with 95 % bootstrap intervals: CPU time of the dispatcher a slice, switches, guest
 work (progress counters) per CPU-second and per second. Beside it the estimator's own CPU time, which is spent on
-another host CPU: a slice, and as parts of the dispatcher's time and of the CPU time of the guests, while it looks and
-once it is thrifty (service/measuring.py).
+another host CPU: a slice, and as parts of the dispatcher's time and of the CPU time of the guests, while it looks; and
+what it is in a service as it is, minute by minute from the moment when modes meet (service/measuring.py bounds it).
 
 *Agreement*: the same VMs, measured online and on demand (`mixvisor measure --vms`) in turn, each afresh, some times
-over; the rounds of each are put together by their precision.
+over; the rounds of each are put together by their precision. While it is compared it may look all the time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import trio
 
 from mixvisor.config.model import Config
 from mixvisor.service.app import Service
-from mixvisor.service.measuring import CYCLE_S, STRETCH_S
 
 from .common import median, options, report, table
 from .work import interval
@@ -113,8 +112,32 @@ def together(rounds: Sequence[Interval]) -> Interval:
     return value, value - half, value + half
 
 
+async def spending(config: Config, minutes: int) -> list[dict[str, Any]]:
+    """Of each of the first *minutes* of a service: what the estimator took, in percent, and what it knows by then."""
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="mixvisor-bench-") as folder:
+        service = Service(config, state_dir=Path(folder), socket=None)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(service.run)
+            first = read(service)
+            for minute in range(1, minutes + 1):
+                await trio.sleep(60)
+                last = read(service)
+                spent, ran = last["estimator"] - first["estimator"], sum(
+                    last["vms"][name][1] - run for name, (_progress, run) in first["vms"].items())
+                latest = service.snapshot().mixing.latest
+                cost = latest.cost_us if latest is not None else None
+                found.append({
+                    "minute": minute, "of_dispatcher": 100 * spent / (last["dispatcher"] - first["dispatcher"]),
+                    "of_guests": 100 * spent / ran,
+                    "cost": "-" if cost is None else f"{cost.value:.2f} [{cost.low:.2f}, {cost.high:.2f}]"})
+                first = last
+            service.request_shutdown()
+    return found
+
+
 async def main() -> None:
-    chosen = options(__doc__ or "", seconds=0.8, settle=0.3, rounds=12, slice_us=1000, agreement=40.0,
+    chosen = options(__doc__ or "", seconds=0.8, settle=0.3, rounds=12, slice_us=1000, agreement=40.0, minutes=5,
                      agreements=3, cpu=str(max(os.sched_getaffinity(0))))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     hardware = os.access("/dev/kvm", os.R_OK | os.W_OK)
@@ -126,9 +149,11 @@ async def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in STRETCHES}
     agreement: dict[str, list[tuple[float, float, float]]] = {"online": [], "on demand": []}
     dice = random.Random(3)
+    minutes = await spending(config, chosen.minutes)
     with tempfile.TemporaryDirectory(prefix="mixvisor-bench-") as folder:
         socket = Path(folder) / "control.sock"
         service = Service(config, state_dir=Path(folder), socket=socket)
+        service.measuring.budget = 1.0
         async with trio.open_nursery() as nursery:
             await nursery.start(service.run)
             await trio.sleep(1)
@@ -155,7 +180,11 @@ async def main() -> None:
           [(when, part * mine, median([one["dispatcher_us"] for one in off]),
             f"{100 * part * mine / median([one['dispatcher_us'] for one in off]):.2f} %",
             f"{100 * part * mine / median([one['granted'] for one in on]):.4f} %")
-           for when, part in (("while it looks", 1.0), ("thrifty", STRETCH_S / CYCLE_S))])
+           for when, part in (("while it looks", 1.0),)])
+    table("What it spends, from the moment when modes meet",
+          ("minute", "part of the dispatcher's", "part of guest CPU time", "cost of a crossing so far, us"),
+          [(one["minute"], f"{one['of_dispatcher']:.2f} %", f"{one['of_guests']:.4f} %", one["cost"])
+           for one in minutes])
     if agreement["online"]:
         rows = []
         for name, rounds in agreement.items():
@@ -163,7 +192,8 @@ async def main() -> None:
                                               *((f"  round {at}", one) for at, one in enumerate(rounds, 1))):
                 rows.append((title, f"{value:.2f}", f"{low:.2f} to {high:.2f}", f"{(high - low) / 2:.2f}"))
         table(f"Cost of a crossing, us, {chosen.agreement:g} s a round", ("", "cost", "95 %", "half-width"), rows)
-    report("online", {"runs": runs, "agreement": agreement, "slice_us": chosen.slice_us}, chosen.json)
+    report("online", {"minutes": minutes, "runs": runs, "agreement": agreement, "slice_us": chosen.slice_us},
+           chosen.json)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,9 @@ def profile_view(name: str, answer: Mapping[str, Any]) -> RenderableType:
         [[str(ring), str(number), _share(number, samples)] for ring, number in enumerate(rings)]), Text("")]
     lines += [Text(f"{_share(number, samples):>8}  {mode}")
               for mode, number in sorted(answer["modes"].items(), key=lambda item: -item[1])]
+    if len(answer["vcpus"]) > 1:
+        lines += [Text(""), *(Text(f"{_share(number, samples):>8}  vCPU {vcpu}")
+                              for vcpu, number in enumerate(answer["vcpus"]))]
     lines += [Text(""), Text(f"Hottest places of {answer['places']} (one {answer['granularity']} each)", style="bold"),
               plain_table([("Share", "right"), ("Ring", "right"), ("Address", "right"), ("Instruction", "left")],
                           [[_share(place["count"], samples), str(place["ring"]), f"{place['address']:#x}",

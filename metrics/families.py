@@ -33,6 +33,7 @@ from .snapshot import (
     RUN_LENGTH_BOUNDS_NS,
     SCOPES,
     STATES,
+    STOP_BOUNDS_NS,
     CpuSnapshot,
     DiskSnapshot,
     Histogram,
@@ -158,6 +159,12 @@ def _mode_changes(snapshot: Snapshot) -> Iterator[Row]:
     for vm in snapshot.vms:
         for mode, count in vm.mode_changes.items():
             yield (vm.id, mode), count
+
+
+def _mode_change_stops(snapshot: Snapshot) -> Iterator[Row]:
+    for mode in MODES:
+        yield (mode,), merged(
+            (vm.mode_change_stops[mode] for vm in snapshot.vms if mode in vm.mode_change_stops), STOP_BOUNDS_NS)
 
 
 def _residency(snapshot: Snapshot) -> Iterator[Row]:
@@ -299,6 +306,9 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mixvisor_vm_mode_change_stop_seconds_total", "counter", ("vm",),
            "Time that the guest stood still while it was moved to another mode, in seconds.",
            _vms(lambda vm: vm.mode_change_stop_ns * NS)),
+    Family("mixvisor_mode_change_stop_seconds", "histogram", ("to",),
+           "How long guests stood still for one change of mode, in seconds, by the mode they went to; all VMs.",
+           _mode_change_stops),
     Family("mixvisor_vm_saves_total", "counter", ("vm",),
            "How often the VM was saved to a file.", _vms(lambda vm: vm.saves)),
     Family("mixvisor_vm_restores_total", "counter", ("vm",),

@@ -15,7 +15,8 @@ from typing import Final, Literal
 from .mixing.result import Interval, MixingResult
 
 __all__ = [
-    "DECISION_BOUNDS_NS", "LATENESS_BOUNDS_NS", "MODES", "RUN_LENGTH_BOUNDS_NS", "SCOPES", "STATES", "CpuSnapshot",
+    "DECISION_BOUNDS_NS", "LATENESS_BOUNDS_NS", "MODES", "RUN_LENGTH_BOUNDS_NS", "SCOPES", "STATES",
+    "STOP_BOUNDS_NS", "CpuSnapshot",
     "DiskSnapshot", "Histogram", "HostSnapshot", "MixingSnapshot", "Mode", "ModeAlternative", "SchedulerSnapshot",
     "ServiceSnapshot", "Snapshot", "VcpuSnapshot", "VmSnapshot", "WarningSnapshot",
 ]
@@ -34,6 +35,8 @@ LATENESS_BOUNDS_NS: Final = tuple(
     int(us * 1000) for us in (10, 20, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10_000, 100_000))
 RUN_LENGTH_BOUNDS_NS: Final = tuple(
     int(ms * 1_000_000) for ms in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000))
+STOP_BOUNDS_NS: Final = tuple(
+    int(ms * 1_000_000) for ms in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 1000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class VmSnapshot:
     mode_alternatives: tuple[ModeAlternative, ...] = ()
     mode_changes: Mapping[str, int] = field(default_factory=dict[str, int])     # of a running guest, by target mode
     mode_change_stop_ns: int = 0                    # that the guest stood still in them
+    mode_change_stops: Mapping[str, Histogram] = field(default_factory=dict[str, "Histogram"])   # each, by target mode
     saves: int = 0                                  # to files
     restores: int = 0                               # from files
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 import trio
 
+from ..metrics.snapshot import STOP_BOUNDS_NS, Histogram
 from ..vm.engines.cpuid import vendor
 from ..vm.modes import ENGINE_OF, Mode, ModeDecision, why_not_moved
 from ..vm.worker.protocol import STATE_MAX_BYTES
@@ -37,13 +39,26 @@ class Moves:
     """Counters of one VM, over its incarnations."""
 
     changes: dict[str, int] = field(default_factory=lambda: dict[str, int].fromkeys(ENGINE_OF, 0))    # by target mode
-    stop_ns: int = 0
     saves: int = 0
     restores: int = 0
+    _stop_ns: dict[str, int] = field(default_factory=lambda: dict[str, int].fromkeys(ENGINE_OF, 0))
+    _counts: dict[str, list[int]] = field(
+        default_factory=lambda: {mode: [0] * (len(STOP_BOUNDS_NS) + 1) for mode in ENGINE_OF})
 
     def note(self, mode: Mode, stop_ns: int) -> None:
         self.changes[mode] += 1
-        self.stop_ns += stop_ns
+        self._stop_ns[mode] += stop_ns
+        self._counts[mode][bisect_left(STOP_BOUNDS_NS, stop_ns)] += 1
+
+    @property
+    def stop_ns(self) -> int:
+        """That the guest stood still in all changes of mode together."""
+        return sum(self._stop_ns.values())
+
+    def stops(self) -> dict[str, Histogram]:
+        """How long it stood still in each, by target mode; the modes that it was never moved to are left out."""
+        return {mode: Histogram(STOP_BOUNDS_NS, tuple(counts), self._stop_ns[mode])
+                for mode, counts in self._counts.items() if self.changes[mode]}
 
 
 def check_move(name: str, planned: ModeDecision, now: Mode, mode: Mode) -> None:

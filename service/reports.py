@@ -34,7 +34,7 @@ SHAPES: Final[dict[str, Any]] = {
         {"reason": str, "address": int, "mnemonic": str, "instruction": str, "mode": str, "count": int}]},
     "profile": {},
     "profile-end": {
-        "samples": int, "places": int, "rings": (int, int, int, int), "modes": Counts,
+        "samples": int, "places": int, "rings": (int, int, int, int), "modes": Counts, "vcpus": [int],
         "hot": [{"address": int, "count": int, "ring": int, "mode": str, "instruction": str}],
         "code": [{"count": int, "ring": int, "mode": str, "lines": [(int, str, str, int)]}],
         "wall_ns": int, "cpu_ns": int, "host_ns": int, "sleeping_ns": int, "granularity": str},

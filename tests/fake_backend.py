@@ -73,7 +73,7 @@ INSIDE: dict[str, dict[str, Any]] = {
          "address": 0, "count": 10}]},
     "profile": {},
     "profile-end": {
-        "samples": 100, "places": 2, "rings": [25, 0, 0, 75],
+        "samples": 100, "places": 2, "rings": [25, 0, 0, 75], "vcpus": [40, 60],
         "modes": {"64-bit long mode, ring 3": 75, "64-bit long mode, ring 0": 25},
         "hot": [{"address": 0x10040, "count": 75, "ring": 3, "mode": "64-bit long mode, ring 3",
                  "instruction": "imul eax, ecx"}],

@@ -335,6 +335,9 @@ def modes() -> list[Panel]:
               (top(by("vm, to", rate(of_vms("vm_mode_changes_total")))), "{{vm}}, to {{to}}")),
         graph("Stood still for changes of mode", "Part of the time that guests stood still while they were moved.",
               "percentunit", (top(by_vm(rate(of_vms("vm_mode_change_stop_seconds_total")))), "{{vm}}")),
+        graph("How long a change of mode stops a guest", "Of all VMs, by the mode they went to.", "s",
+              (quantile(0.5, "mode_change_stop_seconds", "to"), "to {{to}}, 50 %"),
+              (quantile(0.99, "mode_change_stop_seconds", "to"), "to {{to}}, 99 %")),
     ]
 
 

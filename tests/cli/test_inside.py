@@ -76,6 +76,7 @@ def test_profile_shows_rings_contexts_and_hot_code(run):
     assert [line.split() for line in output.splitlines() if line[:1].isdigit()][:4] == [
         ["0", "25", "25.0", "%"], ["1", "0", "0.0", "%"], ["2", "0", "0.0", "%"], ["3", "75", "75.0", "%"]]
     assert "75.0 % in 64-bit long mode, ring 3" in output
+    assert "  60.0 %  vCPU 1" in output
     assert json.loads(run("profile", "sw-one", "--seconds", "0.1", "-o", "json").output)["samples"] == 100
 
 

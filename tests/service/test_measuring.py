@@ -70,16 +70,23 @@ def slices(start, count, modes=(0, 1), slice_ns=MS):
         edge_late_ns=0, breath_ns=0, decision_ns=0, flags=0) for at in range(count)]
 
 
+class Clock:
+    """trio's, for a module that asks `time`."""
+
+    monotonic = staticmethod(trio.current_time)
+
+
 class Lab:
     def __init__(self, **config):
         self.config = SchedulerConfig(slice_us=1000, **config)
         self.told = []
         self.on_demand = None
         self.ran = dict.fromkeys(os.sched_getaffinity(0), (0, 0))
+        self.dispatching_ns = 0
         self.measuring = Measuring(
             HOST, HostFacts.read().topology, running=lambda: {"s": ("software", True), "h": ("hardware", True)},
             scheduling=lambda: self.config, dispatch=lambda: "precise", ran=lambda: dict(self.ran),
-            on_demand=lambda: self.on_demand, tell=self.told.append)
+            dispatching=lambda: self.dispatching_ns, on_demand=lambda: self.on_demand, tell=self.told.append)
         self.measuring.named(1, "s")
         self.measuring.named(2, "h")
 
@@ -134,20 +141,49 @@ async def test_what_was_not_looked_at_is_taken_to_have_lost_as_much():
     assert shown.lost_ns["s"] == pytest.approx(50 * 12_000 * 10, rel=0.1)
 
 
-async def test_once_enough_is_known_it_looks_away_and_again(monkeypatch):
+@pytest.mark.parametrize(("spent_a_second", "least", "most"), [(2 * MS, 60, 200), (20 * MS, 5, 20), (0, 600, 600)])
+async def test_it_spends_no_more_than_its_part_of_what_dispatching_takes(
+    monkeypatch, autojump_clock, spent_a_second, least, most,
+):
+    """Ten minutes of a CPU whose dispatcher takes 2.5 %, with an estimator that is cheap, dear or not needed."""
     lab = Lab()
-    monkeypatch.setattr(measuring, "FULL", 0)
-    monkeypatch.setattr(measuring, "TOO_FEW", 0)
-    monkeypatch.setattr(measuring, "FOLD_S", 0.01)
-    monkeypatch.setattr(measuring, "ESTIMATE_S", 0.05)
-    monkeypatch.setattr(measuring, "CYCLE_S", 0.4)
-    monkeypatch.setattr(measuring, "STRETCH_S", 0.2)
-    assert lab.measuring._looking
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lab.measuring.run)
-        for looking in (False, True, False):
-            await until(lambda looking=looking: lab.measuring._looking is looking)
-        nursery.cancel_scope.cancel()
+    monkeypatch.setattr(measuring, "time", Clock())
+    looked, asked = [], []
+
+    async def a_round(estimate):
+        lab.dispatching_ns += 25 * MS
+        lab.measuring.cpu_ns += spent_a_second * lab.measuring._looking
+        looked.append(lab.measuring._looking)
+        asked.append(estimate)
+
+    monkeypatch.setattr(lab.measuring, "_round", a_round)
+    with trio.move_on_after(600.5):
+        await lab.measuring.run()
+    assert least <= sum(looked) <= most
+    # The first stretch is on credit; after it the budget holds at any time.
+    assert all(looked[:5])
+    assert sum(looked) * spent_a_second <= 0.008 * lab.dispatching_ns + 5 * spent_a_second
+    # A stretch is whole, and at its end the estimate is asked.
+    assert sum(asked) == sum(looked) // 5
+    assert all(sum(looked[at - 4:at + 1]) == 5 for at, one in enumerate(asked) if one)
+
+
+async def test_what_was_not_spent_for_long_is_not_spent_at_once_when_modes_meet(monkeypatch, autojump_clock):
+    lab = Lab()
+    monkeypatch.setattr(measuring, "time", Clock())
+    looked = []
+
+    async def a_round(_estimate):
+        lab.dispatching_ns += 25 * MS
+        if trio.current_time() > 3600:
+            lab.measuring.cpu_ns += 2 * MS * lab.measuring._looking
+            looked.append(lab.measuring._looking)
+
+    monkeypatch.setattr(lab.measuring, "_round", a_round)
+    with trio.move_on_after(3660.5):
+        await lab.measuring.run()
+    assert looked[0], "nothing was spent: it looks when modes meet at last"
+    assert sum(looked) <= 20
 
 
 async def test_where_nothing_can_be_told_the_snapshot_says_why():
@@ -188,7 +224,8 @@ async def test_what_waits_is_bounded_and_an_error_costs_the_figures_only(monkeyp
 @pytest.mark.rt
 async def test_a_real_service_tells_what_mixing_costs_or_why_it_cannot(tmp_path, nothing_left, monkeypatch):
     monkeypatch.setattr(measuring, "FOLD_S", 0.2)
-    monkeypatch.setattr(measuring, "ESTIMATE_S", 0.5)
+    monkeypatch.setattr(measuring, "STRETCH_S", 0.5)
+    monkeypatch.setattr(measuring, "BUDGET", 1.0)
     vms = [{"name": f"{mode}-{number}", "mode": mode, "boot": {"guest": "alu"}}
            for mode in ("software", "hardware") for number in (1, 2)]
     async with running(tmp_path, vms, dispatch="precise", scheduler={"slice_us": 500}) as service:

@@ -40,6 +40,8 @@ async def test_a_running_guest_is_moved_and_everything_that_is_told_of_it_follow
         assert now.progress >= counted
         assert now.mode_changes == {"hardware": 1, "software": 0}
         assert now.mode_change_stop_ns > 0
+        assert {mode: (sum(one.counts), one.sum_ns) for mode, one in now.mode_change_stops.items()} == {
+            "hardware": (1, now.mode_change_stop_ns)}
         await until(lambda: any(w.code == "mixed-modes" for w in service.snapshot().warnings), what="the warning")
         await counts_on(service)
         # Its time is the hardware mode's now.

@@ -12,8 +12,8 @@ from mixvisor.service.reports import SHAPES, checked
 WHERE = {"mode": "real mode", "place": "0000:7c00", "address": 0x7C00, "instruction": "hlt",
          "registers": {"rax": 1}, "code": [[0x7C00, "f4", "hlt"]], "exits": [["halt", 0x7C00, "hlt"]],
          "post": [1, 0xFF]}
-PROFILE = {"samples": 1, "places": 1, "rings": [1, 0, 0, 0], "modes": {"real mode": 1}, "hot": [], "code": [],
-           "wall_ns": 1, "cpu_ns": 1, "host_ns": 0, "sleeping_ns": 0, "granularity": "block"}
+PROFILE = {"samples": 1, "places": 1, "rings": [1, 0, 0, 0], "vcpus": [1], "modes": {"real mode": 1}, "hot": [],
+           "code": [], "wall_ns": 1, "cpu_ns": 1, "host_ns": 0, "sleeping_ns": 0, "granularity": "block"}
 
 
 def test_a_report_passes_and_what_does_not_belong_is_dropped():

@@ -49,19 +49,21 @@ class _Place:
 
 
 class Sampler:
-    """Samples from one start to one end; `sample` at each stop of the vCPU."""
+    """Samples from one start to one end; `sample` at each stop of a vCPU. Not thread-safe."""
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: mmap.mmap, vcpus: int = 1) -> None:
         self._memory = memory
+        self._vcpus = [0] * vcpus
         self._places: dict[tuple[int, int], _Place] = {}
         self.samples = 0
         self._rings = [0, 0, 0, 0]
         self._modes: Counter[str] = Counter()
 
-    def sample(self, state: CpuState) -> None:
+    def sample(self, state: CpuState, vcpu: int = 0) -> None:
         address, ring = decode.linear_of(state), decode.ring_of(state)
         mode = decode.mode_name(state)
         self.samples += 1
+        self._vcpus[vcpu] += 1
         self._rings[ring] += 1
         self._modes[mode] += 1
         place = self._places.get((address, ring))
@@ -74,11 +76,11 @@ class Sampler:
         place.count += 1
 
     def told(self) -> dict[str, Any]:
-        """The result: `rings`, `modes`, hottest places, hottest code."""
+        """The result: samples by ring, mode and vCPU, hottest places, hottest code."""
         hottest = sorted(self._places.values(), key=lambda place: -place.count)
         return {
             "samples": self.samples, "rings": list(self._rings), "modes": dict(self._modes),
-            "places": len(self._places),
+            "vcpus": list(self._vcpus), "places": len(self._places),
             "hot": [{"address": place.address, "count": place.count, "ring": place.ring, "mode": place.mode,
                      "instruction": _first(place)} for place in hottest[:_HOT]],
             "code": [_told(stretch) for stretch in self._stretches()[:_STRETCHES]],

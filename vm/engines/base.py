@@ -240,6 +240,11 @@ class Cpu(Protocol):
     @property
     def stops_at(self) -> str: ...
 
+    @property
+    def sleeps(self) -> bool:
+        """Halted, or not started yet, inside of `run`: asked by the thread that runs it, between two runs."""
+        ...
+
     def where(self) -> int:
         """Linear address of CS:RIP as of the present exit. Cheap: called at every exit that is watched."""
         ...

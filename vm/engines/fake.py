@@ -360,6 +360,10 @@ class FakeCpu:
     def kick(self) -> None:
         self._kicked.set()
 
+    @property
+    def sleeps(self) -> bool:
+        return False
+
     def request_interrupt(self, wanted: bool) -> None:
         self._wanted = wanted
 

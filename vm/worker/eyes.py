@@ -2,14 +2,16 @@
 
 Theory.  Three watchers: a ledger of exits by instruction (vm/code/ledger.py), one for each vCPU, filled by the
 engine at every exit; a sampler (vm/code/sampler.py), filled at every stop while a profile is being taken; and
-the listing of the code around CS:RIP, made when somebody asks or when the guest dies. The latter two look at the
-first vCPU.
+the listing of the code around CS:RIP, made when somebody asks (of the first vCPU) or when the guest dies (of the one
+that did).
 
 The profile's timer counts the process' CPU time (ITIMER_PROF) and raises SIGPROF, one of the kicks: so the
-vCPU stops, `stopped` takes a sample when one is due, and the guest goes on. The timer ends by itself when the time
-that was asked for is over, whether or not the one who asked is still there.
+first vCPU stops, and kicks the others. Each thread then asks `stopped`, which takes a sample when one is due by that
+thread's own CPU time and its vCPU does not sleep; and the guest goes on. The timer ends by itself when the
+time that was asked for is over, whether or not the one who asked is still there.
 
-Invariants.  Nothing here changes the guest. Every answer fits a packet (protocol.MAX_PACKET).
+Invariants.  Nothing here changes the guest. Every answer fits a packet (protocol.MAX_PACKET). Each vCPU's registers
+are read by the thread that runs it. Poor: a first vCPU that waits outside of `run` (in a BIOS call) stops nobody.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import mmap
 import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 from ..code import decode
@@ -33,7 +35,7 @@ SITES_TOLD: Final = 256                # of the ledger's places in one answer
 
 
 class Eyes:
-    """`stopped` must be called after each `Cpu.run`; `close` before the process does something else.
+    """`stopped` must be called after each `Cpu.run`, by who ran it; `close` before the process does something else.
 
     others: vCPUs that other threads run, whose exits are watched too. lock: of the machine, where there are any.
     """
@@ -49,11 +51,13 @@ class Eyes:
             one.watch = ledger.note
             self._ledgers.append(ledger)
         self.ledger = self._ledgers[0]
-        self._cpu = cpu
+        self._cpus = [cpu, *others]
+        self._lock = lock if lock is not None else nullcontext()
         self._sampler: Sampler | None = None
         self._sampling = False
         self._until_ns = 0
-        self._due_ns = self._period_ns = 0     # of CPU time
+        self._period_ns = 0                    # of CPU time
+        self._due_ns: list[int] = []           # by vCPU, of its thread's CPU time; 0: from its next stop on
         self._begun: dict[str, int] = {}
         self.requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "where": lambda _request: self.where(), "exits": self._exits, "profile": self._profile,
@@ -62,7 +66,7 @@ class Eyes:
 
     def attach(self, cpu: Cpu) -> None:
         """Another vCPU goes on in place of the one so far."""
-        self._cpu = cpu
+        self._cpus[0] = cpu
         self.ledger.attach(cpu.where, cpu.get_state, blocks=cpu.stops_at == "block")
         cpu.watch = self.ledger.note
 
@@ -70,7 +74,7 @@ class Eyes:
 
     def where(self) -> dict[str, Any]:
         """Mode, place, registers, the code around, the last exits and POST codes: of one moment."""
-        state = self._cpu.get_state()
+        state = self._cpus[0].get_state()
         lines = decode.listing(self._memory, state)
         return {
             "mode": decode.mode_name(state), "place": decode.place(state), "address": decode.linear_of(state),
@@ -96,28 +100,44 @@ class Eyes:
             raise ValueError(f"a profile takes 1 to {HZ_MAX} samples a second for at most {SECONDS_MAX} s")
         if self._sampling:
             raise ValueError("a profile is being taken already; wait until it has ended")
-        self._sampler = Sampler(self._memory)
-        self._sampling = True
-        self._begun = self._accounts()
-        self._until_ns = self._begun["wall_ns"] + int(seconds * 1e9)
-        self._period_ns = 1_000_000_000 // hz
-        self._due_ns = self._begun["cpu_ns"] + self._period_ns // 2
+        with self._lock:
+            self._sampler = Sampler(self._memory, len(self._cpus))
+            self._sampling = True
+            self._begun = self._accounts()
+            self._until_ns = self._begun["wall_ns"] + int(seconds * 1e9)
+            self._period_ns = 1_000_000_000 // hz
+            self._due_ns = [0] * len(self._cpus)
+            self._due_ns[0] = time.thread_time_ns() + self._least_ns
         signal.setitimer(signal.ITIMER_PROF, 1 / hz, 1 / hz)
         return {}
 
-    def stopped(self) -> None:
-        """The vCPU has stopped, whatever for: a sample, while a profile is being taken."""
-        if not self._sampling or self._sampler is None:
+    @property
+    def _least_ns(self) -> int:
+        """Between two samples of a vCPU. With n that compute the timer fires n times in a period."""
+        return self._period_ns * 3 // 4
+
+    def stopped(self, index: int = 0) -> None:
+        """A vCPU has stopped, whatever for: a sample, while a profile is being taken."""
+        if not self._sampling:
             return
-        if time.monotonic_ns() >= self._until_ns:
-            self._stop()
-            return
-        # There are other stops (requests, BIOS calls that wait): a sample is due by CPU time alone.
-        now_ns = time.process_time_ns()
-        if now_ns < self._due_ns:
-            return
-        self._due_ns = now_ns + self._period_ns // 2
-        self._sampler.sample(self._cpu.get_state())
+        with self._lock:
+            if self._sampler is None or not self._sampling:
+                return                   # it has just ended
+            if index == 0:
+                if time.monotonic_ns() >= self._until_ns:
+                    self._stop()
+                    return
+                for cpu in self._cpus[1:]:
+                    cpu.kick()
+            # There are other stops (requests, BIOS calls that wait): a sample is due by CPU time alone.
+            now_ns, due_ns = time.thread_time_ns(), self._due_ns[index]
+            if now_ns < due_ns:
+                return
+            self._due_ns[index] = now_ns + self._least_ns
+            cpu = self._cpus[index]
+            # What the thread of one that sleeps ran went into being asked.
+            if due_ns and not cpu.sleeps:
+                self._sampler.sample(cpu.get_state(), index)
 
     def _stop(self) -> None:
         self._sampling = False
@@ -131,13 +151,14 @@ class Eyes:
                 "host_ns": status.get("exit_handling_ns"), "sleeping_ns": status.get("sleeping_ns")}
 
     def _profile_end(self, _request: dict[str, Any]) -> dict[str, Any]:
-        sampler = self._sampler
-        if sampler is None:
-            raise ValueError("no profile has been taken")
-        if self._sampling:
-            self._stop()
-        self._sampler = None
-        return {**sampler.told(), **self._begun, "granularity": self._cpu.stops_at}
+        with self._lock:
+            sampler = self._sampler
+            if sampler is None:
+                raise ValueError("no profile has been taken")
+            if self._sampling:
+                self._stop()
+            self._sampler = None
+        return {**sampler.told(), **self._begun, "granularity": self._cpus[0].stops_at}
 
     def close(self) -> None:
         if self._sampling:

@@ -144,6 +144,7 @@ class Worker:
         """Once the door is shut: the threads of the other vCPUs. The native ids of all, the main thread's first."""
         if self.processors is None:
             return [os.getpid()]
+        self.processors.stopped = self.eyes.stopped
         self.processors.start(self._others, held=self._paused)
         return self.processors.threads
 

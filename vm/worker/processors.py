@@ -90,6 +90,7 @@ class Processors:
         self._running: list[threading.Thread] = []
         self._cpus: Sequence[Cpu] = ()
         self._asking = False
+        self.stopped: Callable[[int], None] = lambda _index: None      # told by each thread of its vCPU's every stop
 
     def buses(self, count: int) -> list[Bus]:
         """The bus of each of *count* vCPUs."""
@@ -113,6 +114,7 @@ class Processors:
         try:
             while self._may_run():
                 left = cpu.run()
+                self.stopped(index)
                 if left.reason not in (ExitReason.KICKED, ExitReason.STOPPED):
                     self._over(Ended(index, left))
                     return

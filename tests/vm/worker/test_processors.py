@@ -6,6 +6,7 @@ import base64
 import signal
 import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def until(condition):
 
 def count(worker) -> int:
     return struct.unpack_from("<I", worker.memory, 0x20000)[0]
+
+
+def ran_ns(pid: int) -> int:
+    """CPU time of a process, all of its threads."""
+    return time.clock_gettime_ns(~pid << 3 | 2)
 
 
 @pytest.fixture
@@ -146,6 +152,42 @@ def test_exits_of_all_vcpus_are_told_by_their_places(smp):
     counted = seen()
     assert [counted[place] for place in sorted(places)] == [
         worker.status.exits_of(vcpu)[ExitKind.IO_OUT] for vcpu in (1, 0)]
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("sleeper", [0, 1])
+def test_a_profile_samples_the_vcpu_that_computes_and_not_the_one_that_sleeps(smp, sleeper):
+    # The first halts for ever once it has started the second, which spins; or the other way round.
+    halts, spins = bytes.fromhex("fa f4 ebfd"), bytes.fromhex("ebfe")
+    first = FIRST[:FIRST.index(b"\xF3\x90")] + (spins if sleeper else halts)
+    worker = smp(image(halts if sleeper else spins, first))
+    worker.until_phase(Phase.RUNNING)
+    assert worker.ask("profile", hz=500, duration_s=60)["ok"]
+    begun = ran_ns(worker.pid)
+    until(lambda: ran_ns(worker.pid) > begun + 400_000_000)
+    answer = worker.ask("profile-end")
+    assert answer["ok"]
+    counts = answer["vcpus"]
+    assert counts[1 - sleeper] > 50
+    assert counts[sleeper] <= 2, "on the way to its first halt"
+    assert sum(counts) == answer["samples"]
+    assert counts[1 - sleeper] <= 1.4 * 500 * answer["cpu_ns"] / 1e9 + 2
+    hottest = answer["hot"][0]
+    assert hottest["address"] == (0x10000 + len(first) - 2 if sleeper else 0x8000)
+
+
+@pytest.mark.kvm
+def test_a_profile_of_vcpus_that_all_compute_samples_each_at_the_rate_that_was_asked_for(smp):
+    first = FIRST[:FIRST.index(b"\xF3\x90")] + bytes.fromhex("ebfe")
+    worker = smp(image(bytes.fromhex("ebfe"), first))
+    worker.until_phase(Phase.RUNNING)
+    assert worker.ask("profile", hz=200, duration_s=60)["ok"]
+    begun = ran_ns(worker.pid)
+    until(lambda: ran_ns(worker.pid) > begun + 1_000_000_000)
+    answer = worker.ask("profile-end")
+    assert min(answer["vcpus"]) > 10
+    assert sum(answer["vcpus"]) <= 1.4 * 200 * answer["cpu_ns"] / 1e9 + 4
+    assert {place["address"] for place in answer["hot"][:2]} == {0x8000, 0x10000 + len(first) - 2}
 
 
 @pytest.mark.kvm

@@ -152,6 +152,12 @@ class Vcpu:
         number = ctypes.c_uint32(vector)
         _call(self.fd, "KVM_INTERRUPT", ctypes.addressof(number))
 
+    def runnable(self) -> bool:
+        """KVM_GET_MP_STATE: it is neither halted in the kernel nor waits there for INIT or SIPI."""
+        state = ctypes.c_uint32()
+        _call(self.fd, "KVM_GET_MP_STATE", ctypes.addressof(state))
+        return state.value == 0                  # KVM_MP_STATE_RUNNABLE
+
     def get_registers(self, into: abi.Registers) -> None:
         _call(self.fd, "KVM_GET_REGS", ctypes.addressof(into))
 

@@ -367,6 +367,10 @@ class KvmCpu:
         self._page[_IMMEDIATE_EXIT] = 1
         self._wake()
 
+    @property
+    def sleeps(self) -> bool:
+        return self._several and not self._vcpu.runnable()
+
     def _wake(self) -> None:
         """Have the thread that runs it look, where that is another."""
         if self._several:

@@ -290,6 +290,10 @@ class SoftwareCpu:
         self._native.page[Native.KICKED] = 1
         self._native.asked[Native.STOP] = 1
 
+    @property
+    def sleeps(self) -> bool:
+        return False                             # a halt ends `run`
+
     # -- what the guest reaches out for --------------------------------------------------------
 
     def _port_out(self, _uc: int, port: int, size: int, value: int, _user: int) -> None:
