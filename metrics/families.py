@@ -157,14 +157,14 @@ def _vm_exits(snapshot: Snapshot) -> Iterator[Row]:
 
 def _mode_changes(snapshot: Snapshot) -> Iterator[Row]:
     for vm in snapshot.vms:
-        for mode, count in vm.mode_changes.items():
-            yield (vm.id, mode), count
+        for mode, stops in vm.mode_changes.items():
+            yield (vm.id, mode), sum(stops.counts)
 
 
 def _mode_change_stops(snapshot: Snapshot) -> Iterator[Row]:
     for mode in MODES:
         yield (mode,), merged(
-            (vm.mode_change_stops[mode] for vm in snapshot.vms if mode in vm.mode_change_stops), STOP_BOUNDS_NS)
+            (vm.mode_changes[mode] for vm in snapshot.vms if mode in vm.mode_changes), STOP_BOUNDS_NS)
 
 
 def _residency(snapshot: Snapshot) -> Iterator[Row]:
@@ -305,7 +305,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
            "How often the running guest was moved to a mode.", _mode_changes),
     Family("mixvisor_vm_mode_change_stop_seconds_total", "counter", ("vm",),
            "Time that the guest stood still while it was moved to another mode, in seconds.",
-           _vms(lambda vm: vm.mode_change_stop_ns * NS)),
+           _vms(lambda vm: sum(stops.sum_ns for stops in vm.mode_changes.values()) * NS)),
     Family("mixvisor_mode_change_stop_seconds", "histogram", ("to",),
            "How long guests stood still for one change of mode, in seconds, by the mode they went to; all VMs.",
            _mode_change_stops),

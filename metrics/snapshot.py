@@ -121,9 +121,8 @@ class VmSnapshot:
     disks: Mapping[str, DiskSnapshot] = field(default_factory=dict[str, "DiskSnapshot"])   # by drive: fda, hda
     mode_notes: tuple[str, ...] = ()                # what the mode goes against, sentences
     mode_alternatives: tuple[ModeAlternative, ...] = ()
-    mode_changes: Mapping[str, int] = field(default_factory=dict[str, int])     # of a running guest, by target mode
-    mode_change_stop_ns: int = 0                    # that the guest stood still in them
-    mode_change_stops: Mapping[str, Histogram] = field(default_factory=dict[str, "Histogram"])   # each, by target mode
+    # How long the running guest stood still in each of its changes of mode, by target mode.
+    mode_changes: Mapping[str, Histogram] = field(default_factory=dict[str, "Histogram"])
     saves: int = 0                                  # to files
     restores: int = 0                               # from files
 

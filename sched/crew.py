@@ -375,11 +375,6 @@ class Crew:
                 return
             await self._start_dispatcher(host)
 
-    def billed(self) -> dict[int, int]:
-        """Of each host CPU, the time up to which what was received there is known."""
-        shared = self._shared
-        return {host.cpu: shared.cpu_get(host.index, "billed_ns") for host in self.hosts.values()}
-
     def interrupt(self, cpus: Iterable[int]) -> None:
         """Let the slices of these host CPUs end now."""
         for cpu in cpus:

@@ -337,7 +337,8 @@ class Dispatcher:
         vcpu.ran += ran
         if vcpu is not self._pick:
             words[base + _LEAK] += ran
-        if not vcpu.paused:
+        # Where the kernel alone picks, what it withholds grows for ever, and is nobody's debt.
+        if not (vcpu.paused or self._plain):
             self._queue.charge(vcpu.slot, ran)
         return ran
 
@@ -370,8 +371,8 @@ class Dispatcher:
                 if not vcpu.paused:
                     if vcpu is not pick:
                         self._look(vcpu, now, READ_ALL_WITHIN_NS)
-                    words[vcpu.base + _LAG] = 0 if self._plain else queue.lag_ns(vcpu.slot)
-        if len(self._order) <= LAGS_KEPT and not self._plain:
+                    words[vcpu.base + _LAG] = queue.lag_ns(vcpu.slot)
+        if len(self._order) <= LAGS_KEPT:
             for vcpu in self._order:
                 if not vcpu.paused:
                     words[vcpu.base + _LAG] = queue.lag_ns(vcpu.slot)
@@ -575,9 +576,7 @@ class Dispatcher:
         words, base = self._words, vcpu.base
         words[base + _BUDGET] = self._queue.budget_ns(vcpu.slot)
         words[base + _CAPPED] += self._queue.take_capped_ns(vcpu.slot)
-        lag = self._queue.remove(vcpu.slot)
-        # Where the kernel alone picks, what it withheld grows for ever, and is nobody's debt.
-        words[base + _LAG] = 0 if self._plain else lag
+        words[base + _LAG] = self._queue.remove(vcpu.slot)
         if vcpu.awake and words[base + _WANT] != NOBODY and not vcpu.paused:
             # On the way to its next dispatcher it wants the CPU as before: `_set_awake` goes on there.
             words[self._base + _RUNNABLE + vcpu.mode] -= 1

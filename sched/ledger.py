@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 from .accounts import VcpuFigures, fairness
@@ -56,15 +56,13 @@ class Ledger:
         self._unspent_ns = 0.0           # received by VMs and not yet accrued to anybody, or (< 0) the other way
         self._window: deque[dict[int, tuple[int, float]]] = deque(maxlen=WINDOW)
 
-    def account(self, now: int, billed: Callable[[], Mapping[int, int]], period_ns: int = 0) -> None:
+    def account(self, now: int, period_ns: int = 0) -> None:
         """Bill what was received, accrue what was due. Idempotent.
 
-        *billed*: of each host CPU, up to when what was received there is known. Only up to then anything is due, or
-        who runs would always be ahead of itself by the slice that is not over. *period_ns*: of the placement, 0 where
-        there is none of ours.
+        *period_ns*: of the placement, 0 where there is none of ours.
         """
         table = self._table
-        until_of, (owned, charged, first_run, awake_word, awake_since, awake_sum, haves, lags) = self._read(billed)
+        until_of, (owned, charged, first_run, awake_word, awake_since, awake_sum, haves, lags) = self._read()
         due: list[tuple[Vcpu, float, int]] = []
         slept: list[int] = []
         elapsed, self._accounted_ns = now - self._accounted_ns, now
@@ -113,14 +111,17 @@ class Ledger:
                 lag = min(0.0, lag + vcpu.nominal * asleep)
             vcpu.lag_ns = max(-limit - spread, min(limit + (0.0 if asleep > AWHILE_NS else spread), lag))
 
-    def _read(self, billed: Callable[[], Mapping[int, int]]) -> tuple[Mapping[int, int], list[list[int]]]:
-        """What was billed until when, and the columns READ, of one moment: no slice ended in the midst of it."""
+    def _read(self) -> tuple[dict[int, int], list[list[int]]]:
+        """Up to when what was received is known, by host CPU, and the columns READ: of one moment, in that no slice
+        ended in the midst of it.
+        """
+        table = self._table
+        assert table.shared is not None
         for _ in range(READINGS - 1):
-            until_of = billed()
-            columns = [self._table.column(name) for name in READ]
-            if billed() == until_of:
+            until_of, columns = table.shared.billed(), [table.column(name) for name in READ]
+            if table.shared.billed() == until_of:
                 return until_of, columns
-        return billed(), [self._table.column(name) for name in READ]
+        return table.shared.billed(), [table.column(name) for name in READ]
 
     def remember(self) -> None:
         """One more point of the window that `fairness` looks back over."""

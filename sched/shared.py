@@ -283,6 +283,10 @@ class Shared:
         at = self.cpu(index) + CPU_FIELDS[name]
         return tuple(self.words[at:at + count])
 
+    def billed(self) -> dict[int, int]:
+        """Of each host CPU, the time up to which what was received there is known."""
+        return {self.cpu_get(index, "cpu"): self.cpu_get(index, "billed_ns") for index in range(self.cpus)}
+
     def bump(self) -> int:
         """Tell the dispatchers to look; returns the new epoch. Supervisor only."""
         epoch = self.words[HEADER["epoch"]] + 1

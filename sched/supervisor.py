@@ -433,7 +433,7 @@ class Scheduler:
                 self._observer.slices(host.cpu, records)
             if (loan := self._lender.loan) is not None and loan.cpu == host.cpu:
                 loan.note(records)
-        self._ledger.account(time.monotonic_ns(), self._crew.billed, self._planner.period_ns)
+        self._ledger.account(time.monotonic_ns(), self._planner.period_ns)
 
     def recording(self, reason: str, seconds: float | None = None) -> PackedRecording:
         """The slices of the last `seconds` (None: all that are kept), the newest included."""

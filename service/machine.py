@@ -631,6 +631,4 @@ class Machine:
             disks=total.disks, console=config.console_kind, mode_notes=decision.notes,
             mode_alternatives=tuple(ModeAlternative(mode=other.mode, rule=other.rule, why=other.why,
                                                     possible=other.possible) for other in decision.alternatives),
-            mode_changes=dict(self.moves.changes), mode_change_stop_ns=self.moves.stop_ns,
-            mode_change_stops=self.moves.stops(), saves=self.moves.saves,
-            restores=self.moves.restores)
+            mode_changes=dict(self.moves.changes), saves=self.moves.saves, restores=self.moves.restores)

@@ -4,7 +4,7 @@ Theory.  The scheduler hands over the slice records that it reads anyway. Once a
 estimate (metrics/mixing/online.py), in a worker thread, off the host CPUs of the VMs. Records of a host CPU on which
 only one mode ran are thrown away unread, so a host whose modes do not meet pays nothing. It looks in stretches of
 `STRETCH_S`, after each of which the estimate is asked what it knows, and begins one only when all that it has spent,
-in CPU time, is below `BUDGET` of what the dispatchers have: about five seconds of every minute. So the figure
+in CPU time, is below `BUDGET` of what the dispatchers have: about four seconds of every minute. So the figure
 becomes sharp in minutes and stays fresh, and what measuring costs is bounded on every host.
 
 Two measurements may be there: this one, and the one that `mixvisor measure` made (measured.py). `told` is the
@@ -45,7 +45,7 @@ log = structlog.get_logger("mixvisor")
 
 FOLD_S: Final = 1.0
 STRETCH_S: Final = 5.0
-BUDGET: Final = 0.008              # of the dispatchers' CPU time
+BUDGET: Final = 0.006              # of the dispatchers' CPU time
 CREDIT_NS: Final = 10_000_000      # unspent budget that is kept: of more, modes that meet at last would take too much
 PENDING: Final = 40_000
 NAMES: Final = 8_192

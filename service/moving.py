@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import trio
 
+from ..metrics.families import merged
 from ..metrics.snapshot import STOP_BOUNDS_NS, Histogram
 from ..vm.engines.cpuid import vendor
 from ..vm.modes import ENGINE_OF, Mode, ModeDecision, why_not_moved
@@ -38,27 +39,17 @@ VERSION: Final = version("mixvisor")
 class Moves:
     """Counters of one VM, over its incarnations."""
 
-    changes: dict[str, int] = field(default_factory=lambda: dict[str, int].fromkeys(ENGINE_OF, 0))    # by target mode
     saves: int = 0
     restores: int = 0
-    _stop_ns: dict[str, int] = field(default_factory=lambda: dict[str, int].fromkeys(ENGINE_OF, 0))
-    _counts: dict[str, list[int]] = field(
-        default_factory=lambda: {mode: [0] * (len(STOP_BOUNDS_NS) + 1) for mode in ENGINE_OF})
+    # How long the guest stood still in each change of mode, by target mode.
+    changes: dict[str, Histogram] = field(
+        default_factory=lambda: dict[str, Histogram].fromkeys(ENGINE_OF, merged((), STOP_BOUNDS_NS)))
 
     def note(self, mode: Mode, stop_ns: int) -> None:
-        self.changes[mode] += 1
-        self._stop_ns[mode] += stop_ns
-        self._counts[mode][bisect_left(STOP_BOUNDS_NS, stop_ns)] += 1
-
-    @property
-    def stop_ns(self) -> int:
-        """That the guest stood still in all changes of mode together."""
-        return sum(self._stop_ns.values())
-
-    def stops(self) -> dict[str, Histogram]:
-        """How long it stood still in each, by target mode; the modes that it was never moved to are left out."""
-        return {mode: Histogram(STOP_BOUNDS_NS, tuple(counts), self._stop_ns[mode])
-                for mode, counts in self._counts.items() if self.changes[mode]}
+        counts = [0] * (len(STOP_BOUNDS_NS) + 1)
+        counts[bisect_left(STOP_BOUNDS_NS, stop_ns)] = 1
+        self.changes[mode] = merged(
+            (self.changes[mode], Histogram(STOP_BOUNDS_NS, tuple(counts), stop_ns)), STOP_BOUNDS_NS)
 
 
 def check_move(name: str, planned: ModeDecision, now: Mode, mode: Mode) -> None:

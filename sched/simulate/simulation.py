@@ -271,12 +271,7 @@ class Simulation:
         self.machine.post(self.machine.now + ACCOUNT_NS, self._look)
 
     def _account(self) -> None:
-        self._ledger.account(self.machine.now, self._billed, self._planner.period_ns)
-
-    def _billed(self) -> dict[int, int]:
-        shared = self._table.shared
-        assert shared is not None
-        return {cpu: shared.cpu_get(cpu, "billed_ns") for cpu in self._cpus}
+        self._ledger.account(self.machine.now, self._planner.period_ns)
 
     def _be_judged(self, _argument: int) -> None:
         for cpu in self.machine.cpus:

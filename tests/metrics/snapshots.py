@@ -65,9 +65,8 @@ def a_vm(name: str, t: float, *, state: str = "running", vcpus: int = 1) -> VmSn
         cpus=(1,), memory_bytes=4 << 20, resident_bytes=10 << 20,
         pid=1000 if state == "running" else None,
         started_unix_s=BORN if state == "running" else None, restarts=int(t // 2),
-        mode_changes={"hardware": int(t), "software": int(t // 2)},
-        mode_change_stops={"hardware": spread(STOP_BOUNDS_NS, int(t), 2),
-                           "software": spread(STOP_BOUNDS_NS, int(t // 2), 3)},
+        mode_changes={"hardware": spread(STOP_BOUNDS_NS, int(t), 2),
+                      "software": spread(STOP_BOUNDS_NS, int(t // 2), 3)},
         vcpus=tuple(
             VcpuSnapshot(
                 index=i, cpu=1 if state == "running" else None, run_ns=ns(ran / vcpus),

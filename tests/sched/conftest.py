@@ -16,7 +16,11 @@ import pytest
 import trio
 
 from mixvisor.sched import dispatching, guard, linux, selftest
+from mixvisor.sched.dispatcher import Dispatcher, Settings
+from mixvisor.sched.shared import Shared
 from mixvisor.vm.worker.status import STATUS_SIZE, Phase, StatusPage
+
+from .fakes import SLICE, Host, TwoHosts
 
 CPU = 1                     # the only one that real-time tests may use
 LIFETIME_S = 12             # of any process a test starts, whatever becomes of the test
@@ -171,3 +175,27 @@ async def until(condition: Callable[[], bool], seconds: float = 8.0) -> None:
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110 - other processes wake nobody
             await trio.sleep(0.002)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    made = Host()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[TwoHosts]:
+    """Two host CPUs over one table."""
+    shared = Shared.create([1, 2], slots=4, ring_records=64)
+    shared.set("slice_ns", SLICE)
+    shared.set("guard_timeout_ns", 1 << 60)
+    first, second = Host(shared=shared), Host(shared=shared, cpu=2)
+    second.dispatcher = Dispatcher(
+        shared, Settings(kind="precise", cpu=2, index=1, home_cpus=(0, 1)),
+        second.kernel, second, 1_000)  # type: ignore[arg-type]
+    second.kernel.threads = first.kernel.threads
+    yield shared, first, second
+    fd = shared.fd
+    shared.close()
+    os.close(fd)

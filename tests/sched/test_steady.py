@@ -19,7 +19,7 @@ from mixvisor.sched.policy import POLICIES
 from mixvisor.sched.shared import ACTIVE, CPU_FIELDS, PAUSED, RingReader
 from mixvisor.vm.worker.status import STATUS_SIZE, Phase
 
-from .test_dispatcher import Host
+from .fakes import Host
 
 LIBRARY = steady.load()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="sched/steady.c is not compiled: there was no C compiler")
