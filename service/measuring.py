@@ -44,7 +44,7 @@ __all__ = ["BUDGET", "FOLD_S", "STRETCH_S", "Measuring", "preferred"]
 log = structlog.get_logger("mixvisor")
 
 FOLD_S: Final = 1.0
-STRETCH_S: Final = 5.0
+STRETCH_S: Final = 4.0                # shorter ones have few whole blocks in them where slices are long
 BUDGET: Final = 0.006              # of the dispatchers' CPU time
 CREDIT_NS: Final = 10_000_000      # unspent budget that is kept: of more, modes that meet at last would take too much
 PENDING: Final = 40_000
