@@ -149,6 +149,7 @@ def test_exits_of_all_vcpus_are_told_by_their_places(smp):
 
     worker.until(lambda: set(seen()) == places and min(seen().values()) > 100)
     worker.ask("pause")
+    worker.until_phase(Phase.PAUSED)        # the answer comes before the second vCPU has stopped
     counted = seen()
     assert [counted[place] for place in sorted(places)] == [
         worker.status.exits_of(vcpu)[ExitKind.IO_OUT] for vcpu in (1, 0)]
