@@ -189,7 +189,7 @@ class _Vcpu:
     rate: int = 0
     cap: int = 0
     latency: int = 0
-    addresses: tuple[int | None, int | None] | None = None    # of its phase and progress words (steady.py)
+    native: bytes | None = None      # what of this does not change, for C (steady.py)
 
 
 class Dispatcher:
@@ -658,7 +658,7 @@ class Dispatcher:
         """The kernel knows the thread no more: it keeps its slot until the supervisor takes it."""
         if vcpu.clock is not None:
             vcpu.clock.close()
-            vcpu.clock = None
+            vcpu.clock = vcpu.native = None
         words = self._words
         if not words[vcpu.base + _GONE]:
             words[vcpu.base + _GONE] = 1

@@ -121,7 +121,7 @@ def main(arguments: dict[str, Any], fds: list[int]) -> int:
             before = clock()
             dispatcher.note_decision(before - now)
             if usual is not None and usual.possible():
-                now = usual.run(earlier) or clock()
+                now = usual.run(earlier, before) or clock()
                 continue
             # One call where a timerfd takes two, and as punctual.
             interrupted = due > before and wait((INTERRUPT,), (due - before) / 1e9) is not None

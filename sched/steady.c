@@ -20,13 +20,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#define VERSION 8
+#define VERSION 10
 #define ONE_CPU 1000000000.0
 #define UNIT 1073741824.0                   /* fair.py, _UNIT */
 #define REBASE_NS 1099511627776.0
 #define UNEXPLAINED_NS 150000
 #define READ_ALL_WITHIN_NS 250000000
-#define COMPUTING 4
+#define AT_ONCE 32
 #define READY 4
 #define LAGS_KEPT 32
 #define BREATHLESS 9
@@ -44,22 +44,25 @@ struct state { word policy, priority, stopped; };
 
 struct entry {                              /* policy/fair.py, Entry: the awake ones, in order of slots */
     double v, start, deadline;
-    double request, credit, patience;       /* of its latency class */
-    word weight, served;
+    word weight, served, request_ns;        /* request_ns: of this slice, before its class */
     word mode, vcpu;                        /* vcpu: index in `vcpus` */
-    word request_ns;                        /* of this slice, before its class */
+    double request, credit, patience;       /* of its latency class */
 };
 
 struct vcpu {                               /* dispatcher.py, _Vcpu: all of them, in the order of `_order` */
+    /* the same for as long as it is here */
     word *words;                            /* its slot in the shared table */
     const volatile word *phase;             /* of its status page, or NULL */
     const volatile word *progress;          /* or NULL */
-    word clock_kind, clock;                 /* 0 none, 1 a clock's id, 2 a descriptor of schedstat */
-    word pid, tid, slot, generation, mode, latency;
-    word charged, rate, level, state, awake, paused, fresh, gone;
-    word entry;                             /* index in `entries`, -1 = asleep */
-    word lag_ns;                            /* only while asleep */
     word progress_fd;                       /* to read it from, where it is no word of memory; -1 = none */
+    word clock_kind, clock;                 /* 0 none, 1 a clock's id, 2 a descriptor of schedstat */
+    word pid, tid, slot, generation, mode;
+    /* what changes */
+    word charged, rate, level, state, fresh, gone;
+    word latency, awake, paused;
+    word entry;                             /* index in `entries`, -1 = asleep */
+    double lag;                             /* of a sleeper, at `asleep_at`, by the run queue's clock */
+    word asleep_at, weight;                 /* of a sleeper */
     word seen;                              /* scratch: a reading of `usual` for `step` */
 };
 
@@ -100,7 +103,9 @@ struct steady {
     word pick, slice_ns, slice_start, slice_end, slice_previous, slice_progress, slice_flags, slice_breath;
     word slice_edge_late, decision, breathes, breathing, breath_ns, edge, edge_at, early, credit, turn, beat_seen;
     word epoch, earlier_cpu_ns, steps;
+    word reads;                             /* scratch: vCPUs that `usual` has read for an unexplained slice, -1 = none */
     word limit;                             /* steps to take at most, 0 = no limit */
+    word before;                            /* in: when Python had taken its step, 0 = unknown */
     word now;                               /* out: when Python is to take a step, 0 = `limit` is reached, or a call failed */
     word error;                             /* out: a call failed with this number */
 };
@@ -174,7 +179,7 @@ static int only_rates(const struct steady *g)
         if (slot[at->want] != g->cpu || slot[at->cap] || slot[at->latency] != vcpu->latency
                 || ((slot[at->flags] & at->active_mask) != at->active) != vcpu->paused)
             return 0;
-        if (vcpu->entry < 0 && vcpu->lag_ns < 0 && slot[at->rate] != vcpu->rate)
+        if (vcpu->entry < 0 && vcpu->lag < 0.0 && slot[at->rate] != vcpu->rate)
             return 0;                       /* its debt wears off at its rate */
     }
     for (word i = 0; i < used; i++)
@@ -182,7 +187,7 @@ static int only_rates(const struct steady *g)
     return here == g->count;
 }
 
-/* One that is read in turn is as it was when it was last looked at. */
+/* One that was not picked is read: it is as it was when it was last looked at. */
 static int unchanged(struct steady *g, word index)
 {
     struct vcpu *vcpu = &g->vcpus[index];
@@ -202,8 +207,27 @@ static int unchanged(struct steady *g, word index)
     if (!vcpu->clock_kind)
         return !vcpu->awake;
     if (vcpu->awake)
-        return !vcpu->phase || !asleep_by_page(g, vcpu) || ran * COMPUTING > READ_ALL_WITHIN_NS;
-    return ran == 0 && vcpu->phase && asleep_by_page(g, vcpu) && vcpu->lag_ns >= 0;
+        return !vcpu->phase || !asleep_by_page(g, vcpu);
+    return ran == 0 && vcpu->phase && asleep_by_page(g, vcpu) && vcpu->lag >= 0.0;
+}
+
+/* Whoever may have run beside the pick is as it was; where there are many, in turn until the slice is explained. */
+static int others_unchanged(struct steady *g, word unexplained)
+{
+    word most = g->count <= AT_ONCE ? g->count : AT_ONCE, turn = g->count <= AT_ONCE ? -1 : g->turn;
+
+    for (g->reads = 0; g->reads < most; g->reads++) {
+        if (g->count > AT_ONCE && unexplained <= UNEXPLAINED_NS + g->decision)
+            break;
+        turn = (turn + 1) % g->count;
+        if (turn == g->pick)
+            continue;
+        if (!unchanged(g, turn))
+            return 0;
+        if (g->vcpus[turn].seen > g->vcpus[turn].charged)
+            unexplained -= g->vcpus[turn].seen - g->vcpus[turn].charged;
+    }
+    return 1;
 }
 
 static int usual(struct steady *g, word now)
@@ -223,7 +247,7 @@ static int usual(struct steady *g, word now)
         return 0;
     pick->seen = run_ns(g, g->pick);
     run = pick->seen - pick->charged;
-    if (pick->seen < 0 || run <= 0 || run * 2 < elapsed || elapsed - run > UNEXPLAINED_NS + g->decision)
+    if (pick->seen < 0 || run <= 0 || run * 2 < elapsed)
         return 0;
     if (pick->phase && asleep_by_page(g, pick))
         return 0;
@@ -231,6 +255,9 @@ static int usual(struct steady *g, word now)
         return 0;                           /* Python rebases, within a second of service */
     if (words[g->at.epoch] != g->epoch && !only_rates(g))
         return 0;
+    if (elapsed - run > UNEXPLAINED_NS + g->decision)
+        return others_unchanged(g, elapsed - run);
+    g->reads = -1;
     if (g->count > 1) {
         credit = g->credit + elapsed * g->count;
         turn = g->turn;
@@ -249,8 +276,14 @@ static int usual(struct steady *g, word now)
 static word lag_of(const struct steady *g, const struct vcpu *vcpu)
 {
     const struct entry *entry;
-    if (vcpu->entry < 0)
-        return vcpu->lag_ns;
+    if (vcpu->entry < 0) {
+        double all = (double)(g->weight + vcpu->weight), share, worn;
+        if (vcpu->lag >= 0.0)
+            return llrint(vcpu->lag);
+        share = (double)vcpu->weight / (all > UNIT ? all : UNIT);
+        worn = vcpu->lag + (double)(g->clock_ns - vcpu->asleep_at) * share;
+        return llrint(worn < 0.0 ? worn : 0.0);
+    }
     entry = &g->entries[vcpu->entry];
     return llrint((double)entry->weight * (g->virtual_ns - entry->v));
 }
@@ -524,7 +557,16 @@ static void finish(struct steady *g, word now)
 
     g->clock_ns += elapsed;
     run = charge(g, g->pick);
-    if (g->count > 1) {
+    if (g->reads >= 0) {
+        word turn = g->count <= AT_ONCE ? -1 : g->turn;
+        for (word i = 0; i < g->reads; i++) {
+            turn = (turn + 1) % g->count;
+            if (turn != g->pick)
+                others[g->vcpus[turn].mode] += charge(g, turn);
+        }
+        if (g->count > AT_ONCE)
+            g->turn = turn;
+    } else if (g->count > 1) {
         g->credit += elapsed * g->count;
         while (g->credit >= READ_ALL_WITHIN_NS) {
             g->credit -= READ_ALL_WITHIN_NS;
@@ -657,6 +699,8 @@ void steady_run(struct steady *g)
 {
     word before = monotonic(g);
 
+    if (g->before)
+        g->decision += before - g->before;
     for (;;) {
         word due = g->slice_end < g->edge ? g->slice_end : g->edge;
         int interrupted = due > before && sleep_until(g, before, due);

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
@@ -35,12 +36,13 @@ from .policy import BatchRunqueue, Runqueue
 from .shared import ACTIVE, CPU_FIELDS, HEADER, NOBODY, PAUSED, RECORD_WORDS, SLOT_FIELDS, SLOT_WORDS
 
 if TYPE_CHECKING:
-    from .dispatcher import Dispatcher
+    from .dispatcher import Dispatcher, _Vcpu
 
 __all__ = ["Calls", "Steady", "load"]
 
-VERSION: Final = 8
+VERSION: Final = 10
 _POLICIES_MAX: Final = 12
+_LEVELS: Final = tuple(Level)
 WORTH: Final = 16                  # vCPUs whose numbers are copied to C and back in the time that a step there saves
 _word = ctypes.c_int64
 _double = ctypes.c_double
@@ -51,16 +53,13 @@ class _State(ctypes.Structure):
     _fields_ = [(name, _word) for name in ("policy", "priority", "stopped")]
 
 
-class _Entry(ctypes.Structure):
-    _fields_ = [*((name, _double) for name in ("v", "start", "deadline", "request", "credit", "patience")),
-                *((name, _word) for name in ("weight", "served", "mode", "vcpu", "request_ns"))]
-
-
-class _Vcpu(ctypes.Structure):
-    _fields_ = [("words", _pointer), ("phase", _pointer), ("progress", _pointer),
-                *((name, _word) for name in (
-                    "clock_kind", "clock", "pid", "tid", "slot", "generation", "mode", "latency", "charged", "rate",
-                    "level", "state", "awake", "paused", "fresh", "gone", "entry", "lag_ns", "progress_fd", "seen"))]
+# An entry and a vCPU of steady.c, by its fields; the way back skips what C does not change.
+_ENTRY: Final = struct.Struct("=3d5q3d")
+_ENTRY_BACK: Final = struct.Struct("=3d3q40x")
+_FIXED: Final = struct.Struct("=3Q8q")
+_CHANGING: Final = struct.Struct("=10qd3q")
+_VCPU_BACK: Final = struct.Struct("=88x6q64x")
+_VCPU_SIZE: Final = _FIXED.size + _CHANGING.size
 
 
 class Calls(ctypes.Structure):
@@ -98,7 +97,7 @@ class _Steady(ctypes.Structure):
         *((name, _word) for name in ("version", "size", "entry_size", "vcpu_size")),
         *((name, _pointer) for name in ("words", "block", "ring")),
         *((name, _word) for name in ("ring_mask", "cpu", "count", "awake_count")),
-        ("vcpus", ctypes.POINTER(_Vcpu)), ("entries", ctypes.POINTER(_Entry)), ("calls", ctypes.POINTER(Calls)),
+        ("vcpus", _pointer), ("entries", _pointer), ("calls", ctypes.POINTER(Calls)),
         ("at", _Fields), ("states", _State * (2 * len(Level))), ("state_of", _word * len(Level) * 2),
         ("sleeping", _word * 8), ("asked", _word * _POLICIES_MAX),
         ("virtual_ns", _double),
@@ -107,7 +106,8 @@ class _Steady(ctypes.Structure):
             "batches", "batch_ns", "wait_max_ns", "budget_ns", "mode", "jitter_ns", "random",
             "pick", "slice_ns", "slice_start", "slice_end", "slice_previous", "slice_progress", "slice_flags",
             "slice_breath", "slice_edge_late", "decision", "breathes", "breathing", "breath_ns", "edge", "edge_at",
-            "early", "credit", "turn", "beat_seen", "epoch", "earlier_cpu_ns", "steps", "limit", "now", "error")),
+            "early", "credit", "turn", "beat_seen", "epoch", "earlier_cpu_ns", "steps", "reads",
+            "limit", "before", "now", "error")),
     ]
 
 
@@ -125,7 +125,7 @@ def load() -> Library | None:
             library.steady_run.argtypes, library.steady_run.restype = [ctypes.POINTER(_Steady)], None
         except (OSError, AttributeError):
             continue
-        sizes = (VERSION, *(ctypes.sizeof(part) for part in (_Steady, _Entry, _Vcpu, Calls)))
+        sizes = (VERSION, ctypes.sizeof(_Steady), _ENTRY.size, _VCPU_SIZE, ctypes.sizeof(Calls))
         if tuple(library.steady_size(index) for index in range(len(sizes))) == sizes:
             return cast(Library, library)
     return None
@@ -169,9 +169,10 @@ class Steady:
             g.calls = ctypes.pointer(calls)
         g.at = self._fields(dispatcher)
         self._states = self._number_states()
+        self._numbers = {id(state): number for number, state in enumerate(self._states)}
         g.sleeping[:] = [*dispatcher.SLEEPING, *[-1] * (8 - len(dispatcher.SLEEPING))]
         g.breathes = dispatcher._breathes
-        self._room = 0
+        self._make_room(WORTH)
         self._rest = 0                       # Python's steps until C takes some again
 
     def _fields(self, dispatcher: Dispatcher) -> _Fields:
@@ -215,21 +216,22 @@ class Steady:
             pick is not None and pick.awake and pick.clock is not None and not d._capped and not d._watched
             and not d._relevel and not d._retry and not d._plain and type(d._queue) in (Runqueue, BatchRunqueue))
 
-    def run(self, earlier_cpu_ns: int = 0, limit: int = 0) -> int | None:
+    def run(self, earlier_cpu_ns: int = 0, before: int = 0, limit: int = 0) -> int | None:
         """Sleep and take usual steps; returns the time at which the dispatcher is to take a step.
 
         None: none is due yet (*limit* steps were taken, or the picked thread has ended). *earlier_cpu_ns*: CPU time
-        of this host CPU's dispatchers before this one.
+        of this host CPU's dispatchers before this one. *before*: when the last step was done; what has been spent
+        since then on the way to C is part of that decision.
         """
         g = self._g
         self._load()
-        g.earlier_cpu_ns, g.limit, g.error = earlier_cpu_ns, limit, 0
-        before = g.steps
+        g.earlier_cpu_ns, g.before, g.limit, g.error = earlier_cpu_ns, before, limit, 0
+        taken = g.steps
         self._run(g)
         self._store()
         # With many vCPUs the way to C and back costs what some steps there save: after fewer, not at once again.
         worth = len(self._dispatcher._order) // WORTH
-        self._rest = worth if g.steps - before < worth else 0
+        self._rest = worth if g.steps - taken < worth else 0
         if g.error:
             raise OSError(g.error, os.strerror(g.error))
         return g.now or None
@@ -238,12 +240,9 @@ class Steady:
 
     def _load(self) -> None:
         d, g = self._dispatcher, self._g
-        queue = d._queue
-        order = d._order
+        queue, order = d._queue, d._order
         if len(order) > self._room:
-            self._room = 2 * len(order)
-            self._vcpus, self._entries = (_Vcpu * self._room)(), (_Entry * self._room)()
-            g.vcpus, g.entries = self._vcpus, self._entries
+            self._make_room(2 * len(order))
         for name in _SAME:
             setattr(g, name, getattr(d, "_" + name))
         g.breath_ns = d._breath_ns
@@ -251,35 +250,30 @@ class Steady:
             g.asked[index] = value
         g.count = len(order)
         place = {entry.slot: index for index, entry in enumerate(queue._awake)}
+        where: dict[int, int] = {}
+        vcpus, numbers, entries, at = self._vcpus, self._numbers, queue._entries, 0
         for index, vcpu in enumerate(order):
-            into = self._vcpus[index]
-            into.words = self._words_at + 8 * vcpu.base
-            if vcpu.addresses is None:
-                vcpu.addresses = (
-                    None if vcpu.status is None else _address_of(vcpu.status) + 8 * FIELDS["phase"],
-                    _address_of(vcpu.progress) if isinstance(vcpu.progress, memoryview) else None)
-            into.phase, into.progress = vcpu.addresses
-            into.progress_fd = vcpu.progress.fd if isinstance(vcpu.progress, linux.EventCounter) else -1
-            into.clock_kind, into.clock = vcpu.clock.native if vcpu.clock is not None else (0, 0)
-            into.pid, into.tid, into.slot, into.generation = vcpu.pid, vcpu.tid, vcpu.slot, vcpu.generation
-            into.mode, into.latency, into.charged = vcpu.mode, vcpu.latency, vcpu.charged
-            into.rate, into.level = vcpu.rate, vcpu.level
-            into.awake, into.paused, into.fresh, into.gone = vcpu.awake, vcpu.paused, vcpu.fresh, 0
-            into.state = next(number for number, state in enumerate(self._states) if state is vcpu.state)
-            into.entry = entry = place.get(vcpu.slot, -1)
-            into.lag_ns = 0
-            if entry >= 0:
-                self._entries[entry].vcpu = index
-            elif not vcpu.paused:
-                into.lag_ns = queue.lag_ns(vcpu.slot)
-            if vcpu is d._pick:
-                g.pick = index
+            slot = vcpu.slot
+            where[slot] = index
+            vcpus[at:at + _FIXED.size] = vcpu.native or self._fix(vcpu)
+            entry = place.get(slot, -1)
+            lag, asleep_at, weight = 0.0, 0, 0
+            if entry < 0 and not vcpu.paused:
+                asleep = entries[slot]
+                lag, asleep_at, weight = asleep.lag, asleep.asleep_at, asleep.weight
+            _CHANGING.pack_into(
+                vcpus, at + _FIXED.size, vcpu.charged, vcpu.rate, vcpu.level, numbers[id(vcpu.state)], vcpu.fresh, 0,
+                vcpu.latency, vcpu.awake, vcpu.paused, entry, lag, asleep_at, weight, 0)
+            at += _VCPU_SIZE
+        if d._pick is not None:
+            g.pick = where[d._pick.slot]
         g.awake_count = len(queue._awake)
-        for index, entry in enumerate(queue._awake):
-            into = self._entries[index]
-            into.v, into.start, into.deadline, into.weight = entry.v, entry.start, entry.deadline, entry.weight
-            into.request, into.credit, into.patience = entry.latency
-            into.served, into.mode, into.request_ns = entry.served, entry.mode, entry.request_ns
+        at = 0
+        for entry in queue._awake:
+            _ENTRY.pack_into(
+                self._entries, at, entry.v, entry.start, entry.deadline, entry.weight, entry.served, entry.request_ns,
+                entry.mode, where[entry.slot], *entry.latency)
+            at += _ENTRY.size
         g.virtual_ns, g.weight = queue._virtual, queue._weight
         g.current = NOBODY if queue._current is None else place.get(queue._current, NOBODY)
         g.clock_ns, g.picked_at_ns, g.ratelimit_ns = queue._clock_ns, queue._picked_at_ns, queue._ratelimit_ns
@@ -289,6 +283,24 @@ class Steady:
             g.batch_ns, g.wait_max_ns = queue._batch_ns, queue._wait_max_ns
             g.budget_ns, g.mode = queue._budget_ns, queue._mode
 
+    def _make_room(self, count: int) -> None:
+        self._room = count
+        self._vcpus, self._entries = bytearray(count * _VCPU_SIZE), bytearray(count * _ENTRY.size)
+        # While they are held so, an array of bytes does not move.
+        self._still = memoryview(self._vcpus), memoryview(self._entries)
+        self._g.vcpus, self._g.entries = map(_address_of, self._still)
+
+    def _fix(self, vcpu: _Vcpu) -> bytes:
+        """What does not change while it is here, packed and kept."""
+        progress, kind, clock = vcpu.progress, *(vcpu.clock.native if vcpu.clock is not None else (0, 0))
+        vcpu.native = _FIXED.pack(
+            self._words_at + 8 * vcpu.base,
+            0 if vcpu.status is None else _address_of(vcpu.status) + 8 * FIELDS["phase"],
+            _address_of(progress) if isinstance(progress, memoryview) else 0,
+            progress.fd if isinstance(progress, linux.EventCounter) else -1,
+            kind, clock, vcpu.pid, vcpu.tid, vcpu.slot, vcpu.generation, vcpu.mode)
+        return vcpu.native
+
     def _store(self) -> None:
         d, g = self._dispatcher, self._g
         queue, order = d._queue, d._order
@@ -297,10 +309,8 @@ class Steady:
         d._breathing = bool(g.breathing)
         d._states = linux.states_of(d._settings.kind, breathing=d._breathing)
         d._pick = order[g.pick]
-        for index, entry in enumerate(queue._awake):
-            out = self._entries[index]
-            entry.v, entry.start, entry.deadline = out.v, out.start, out.deadline
-            entry.weight, entry.served, entry.request_ns = out.weight, out.served, out.request_ns
+        for entry, out in zip(queue._awake, _ENTRY_BACK.iter_unpack(self._entries), strict=False):
+            entry.v, entry.start, entry.deadline, entry.weight, entry.served, entry.request_ns = out
         queue._virtual, queue._weight = g.virtual_ns, g.weight
         queue._current = queue._awake[g.current].slot if g.current >= 0 else queue._current
         queue._clock_ns, queue._picked_at_ns = g.clock_ns, g.picked_at_ns
@@ -309,15 +319,15 @@ class Steady:
             queue._mode = g.mode
         d._ring.refresh()
         gone = []
-        for index, vcpu in enumerate(order):
-            out = self._vcpus[index]
-            vcpu.charged, vcpu.level, vcpu.fresh = out.charged, Level(out.level), bool(out.fresh)
-            vcpu.state = self._states[out.state]
-            if out.rate != vcpu.rate:
-                vcpu.rate = out.rate
-                if out.entry < 0:
+        states = self._states
+        for vcpu, out in zip(order, _VCPU_BACK.iter_unpack(self._vcpus), strict=False):
+            vcpu.charged, rate, level, state, fresh, ended = out
+            vcpu.level, vcpu.state, vcpu.fresh = _LEVELS[level], states[state], bool(fresh)
+            if rate != vcpu.rate:
+                vcpu.rate = rate
+                if not vcpu.awake:
                     d._follow_rate(vcpu)
-            if out.gone:
+            if ended:
                 gone.append(vcpu)
         for vcpu in gone:
             d._ended(vcpu)

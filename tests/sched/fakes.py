@@ -90,7 +90,7 @@ class Host:
     """One host CPU: table, fake kernel, dispatcher, and a clock that only the test moves."""
 
     def __init__(self, kind: str = "precise", cpu: int = 1, shared: Shared | None = None) -> None:
-        self.shared = shared or Shared.create([cpu], slots=16, ring_records=4096)
+        self.shared = shared or Shared.create([cpu], slots=64, ring_records=4096)
         self.owns = shared is None
         if self.owns:
             self.shared.set("slice_ns", SLICE)

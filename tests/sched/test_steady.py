@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixvisor.sched import steady
-from mixvisor.sched.dispatcher import Parcel
+from mixvisor.sched.dispatcher import AT_ONCE, Parcel
 from mixvisor.sched.linux import EventCounter
 from mixvisor.sched.policy import POLICIES
 from mixvisor.sched.shared import ACTIVE, CPU_FIELDS, PAUSED, RingReader
@@ -24,6 +24,7 @@ from .fakes import Host
 LIBRARY = steady.load()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="sched/steady.c is not compiled: there was no C compiler")
 VCPUS = 6
+CROWD = AT_ONCE + 7                # of which not all are read after an unexplained slice
 
 
 class Twin(Host):
@@ -32,7 +33,7 @@ class Twin(Host):
     def __init__(self, kind: str, *, native: bool) -> None:
         super().__init__(kind)
         self.pages: dict[int, memoryview] = {}
-        self.late_by = self.interrupted_every = 0
+        self.late_by = self.interrupted_every = self.noise_every = 0
         self.steady: steady.Steady | None = None
         self.in_c = 0
         if native:
@@ -54,6 +55,13 @@ class Twin(Host):
         interrupted = self.interrupted_every and chance % self.interrupted_every == 0
         at = (self.now + due) // 2 if interrupted else due + chance % (self.late_by + 1)
         if at > self.now:
+            if self.noise_every and (chance >> 5) % self.noise_every == 0:
+                # For a moment nobody ran, or another than the one that was picked.
+                noise = min(at - self.now, 400_000)
+                other = self.kernel.threads[100 + (chance >> 9) % len(self.kernel.threads)]
+                if chance >> 8 & 1 and other.wants and not other.gone:
+                    other.ran += noise
+                self.now += noise
             self.kernel.run(at - self.now, self.cpu)
             self.now = at
         return int(interrupted)
@@ -120,7 +128,7 @@ class Twin(Host):
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(("rate", "sleep", "wake", "pause", "go-on", "cap", "policy", "leave", "come", "gone", "late",
-                         "interrupts", "slice", "latency", "order", "nothing")),
+                         "interrupts", "noise", "slice", "latency", "order", "nothing")),
         st.integers(0, VCPUS - 1), st.integers(1, 1000), st.integers(1, 60)),
     min_size=1, max_size=25)
 
@@ -159,6 +167,8 @@ def happen(host: Twin, what: str, slot: int, number: int) -> None:
         host.late_by = number * 100
     elif what == "interrupts":
         host.interrupted_every = number % 6
+    elif what == "noise":
+        host.noise_every = number % 5
     elif what == "order":
         shared.set("order_jitter_ns", number % 3 * 500_000)
         shared.set("order_seed", number)
@@ -168,10 +178,10 @@ def happen(host: Twin, what: str, slot: int, number: int) -> None:
         shared.bump()
 
 
-def live(host: Twin, events: list[tuple[str, int, int, int]]) -> list[dict[str, Any]]:
+def live(host: Twin, events: list[tuple[str, int, int, int]], count: int = VCPUS) -> list[dict[str, Any]]:
     found = []
-    for slot in range(VCPUS):
-        host.add(slot, (slot + 1) / 21, phase=host.page(slot), mode=slot % 2)
+    for slot in range(count):
+        host.add(slot, 2 * (slot + 1) / count / (count + 1), phase=host.page(slot), mode=slot % 2)
     for what, slot, number, steps in events:
         happen(host, what, slot, number)
         host.go(steps)
@@ -181,22 +191,23 @@ def live(host: Twin, events: list[tuple[str, int, int, int]]) -> list[dict[str, 
 
 @pytest.mark.parametrize("kind", ["precise", "gentle"])
 @settings(max_examples=50, deadline=None)
-@given(events=EVENTS)
-def test_c_and_python_take_the_same_steps_to_the_last_bit(kind, events):
+@given(events=EVENTS, count=st.sampled_from((VCPUS, CROWD)))
+def test_c_and_python_take_the_same_steps_to_the_last_bit(kind, events, count):
     interpreted, native = Twin(kind, native=False), Twin(kind, native=True)
-    for one, other in zip(live(interpreted, events), live(native, events), strict=True):
+    for one, other in zip(live(interpreted, events, count), live(native, events, count), strict=True):
         for name, value in one.items():
             assert other[name] == value, name
 
 
+@pytest.mark.parametrize("count", [VCPUS, CROWD])
 @pytest.mark.parametrize("policy", [0, 1])
 @pytest.mark.parametrize("kind", ["precise", "gentle"])
-def test_a_steady_host_is_stepped_in_c_almost_always(kind, policy):
+def test_a_steady_host_is_stepped_in_c_almost_always(kind, policy, count):
     interpreted, native = Twin(kind, native=False), Twin(kind, native=True)
     chance = random.Random(7)
-    events = [("late", 0, 300, 1), ("order", 0, 2, 1), ("policy", 0, policy * 250 + policy, 1)]
-    events += [("rate", chance.randrange(VCPUS), chance.randint(1, 1000), 300) for _ in range(15)]
-    assert live(interpreted, events) == live(native, events)
+    events = [("late", 0, 300, 1), ("noise", 0, 4, 1), ("order", 0, 2, 1), ("policy", 0, policy * 250 + policy, 1)]
+    events += [("rate", chance.randrange(count), chance.randint(1, 1000), 300) for _ in range(15)]
+    assert live(interpreted, events, count) == live(native, events, count)
     assert native.in_c > 0.95 * sum(steps for *_, steps in events)
 
 
