@@ -167,6 +167,7 @@ class Scheduler:
 
     async def admit(self, thread: VcpuThread) -> None:
         """Schedule a vCPU from now on. Raises AdmissionRefused."""
+        await trio.lowlevel.checkpoint()        # many in a row must let the heartbeat go on
         table, shared = self._table, self._table.shared
         if shared is None or self._closing:
             raise AdmissionRefused(f"VM {thread.vm!r}: the scheduler is not running")

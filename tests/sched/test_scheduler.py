@@ -279,6 +279,27 @@ async def test_a_reservation_that_does_not_fit_is_refused(
             await scheduler.admit(thread(one, "one"))
 
 
+async def test_many_asked_for_in_a_row_let_the_heartbeat_go_on(spawner: Spawner, spinners: Make) -> None:
+    (one,) = spinners(1)
+    async with scheduling(spawner, "plain") as scheduler:
+        await scheduler.admit(thread(one, "one"))
+        others = 0
+
+        async def count() -> None:
+            nonlocal others
+            while True:
+                await trio.lowlevel.checkpoint()
+                others += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            for _ in range(100):
+                with pytest.raises(AdmissionRefused, match="already"):
+                    await scheduler.admit(thread(one, "one"))
+            nursery.cancel_scope.cancel()
+        assert others >= 90
+
+
 async def test_signal_dispatch_needs_no_privilege_and_leaves_nobody_stopped(
     rt: None, spawner: Spawner, spinners: Make,
 ) -> None:
