@@ -11,13 +11,16 @@ import contextlib
 import importlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from . import cpuid
 from .base import Bus, Cpu, EngineError
 from .tsc import read_tsc
 
-__all__ = ["ENGINES", "create", "create_several", "prepare"]
+if TYPE_CHECKING:
+    from .kvm.engine import KvmCpu
+
+__all__ = ["ENGINES", "create", "create_several", "get_all", "prepare", "set_all"]
 
 
 def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
@@ -70,6 +73,16 @@ def create_several(
         raise EngineError(f"the {name} engine runs one vCPU, not {len(buses)}")
     from .kvm.engine import create_several
     return create_several(memory, buses, exits, rom=rom)
+
+
+def get_all(first: Cpu, others: Sequence[Cpu]) -> dict[str, Any]:
+    """The state of the vCPUs of `create_several` as plain data; none of them runs. Raises EngineError."""
+    return cast("KvmCpu", first).get_all(cast("Sequence[KvmCpu]", others))
+
+
+def set_all(first: Cpu, others: Sequence[Cpu], data: Any, technology: str) -> None:
+    """Have new ones go on from what `get_all` gave. Raises BadState, EngineError."""
+    cast("KvmCpu", first).set_all(cast("Sequence[KvmCpu]", others), data, technology)
 
 
 def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,

@@ -75,10 +75,12 @@ class Control:
                 request = json.loads(packet)
             except ValueError:
                 request = None
-            if isinstance(request, dict) and isinstance(request.get("id"), int):
-                yield request
-            if self._descriptor is not None:
-                os.close(self._descriptor)             # nobody wanted it
+            try:
+                if isinstance(request, dict) and isinstance(request.get("id"), int):
+                    yield request
+            finally:
+                if self._descriptor is not None:
+                    os.close(self._descriptor)         # nobody wanted it
 
     def descriptor(self) -> int:
         """The one that came with the present request, from now on the caller's. Raises ValueError without one."""

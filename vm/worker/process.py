@@ -192,12 +192,12 @@ class Worker:
             former.close()
 
     def _state(self, _request: dict[str, Any]) -> dict[str, Any]:
-        """The vCPU and the devices into a file."""
+        """The vCPUs and the devices into a file."""
         if not self._paused:
             raise ValueError("only a paused VM can be saved")
         fd = self._control.descriptor()
         try:
-            return {"bytes": moves.write_state(fd, self.cpu, self.machine, halted=self._halted)}
+            return {"bytes": moves.write_state(fd, [self.cpu, *self._others], self.machine, halted=self._halted)}
         except EngineError as error:
             return {"refused": str(error)}
         finally:
@@ -205,7 +205,8 @@ class Worker:
 
     def restore(self, fd: int) -> None:
         """Go on from what `state` wrote. Raises StartFailed."""
-        self._halted = moves.read_state(fd, self.cpu, self.machine, self._engine, self._spec.technology)
+        self._halted = moves.read_state(
+            fd, [self.cpu, *self._others], self.machine, self._engine, self._spec.technology)
 
     # Life.
 
@@ -398,6 +399,8 @@ class Worker:
             except (ValueError, TypeError, KeyError, EngineError) as error:
                 answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
             self._control.send({"id": request["id"], **answer})
+            if self._paused and self.processors is not None and not self.processors.held:
+                return                   # what is asked of a paused VM is answered when all its vCPUs stand
 
     def _pause(self, _request: dict[str, Any]) -> dict[str, Any]:
         self._paused = True

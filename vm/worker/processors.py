@@ -85,7 +85,7 @@ class Processors:
         self._machine = machine
         self._main = threading.main_thread().ident or 0
         self._changed = threading.Condition()
-        self._held = self._leaving = False
+        self.held = self._leaving = False           # held: `hold` is in force
         self._parked = 0
         self._running: list[threading.Thread] = []
         self._cpus: Sequence[Cpu] = ()
@@ -98,7 +98,7 @@ class Processors:
 
     def start(self, cpus: Sequence[Cpu], *, held: bool) -> None:
         """Run these vCPUs, the second and so on; `threads` is complete on return."""
-        self._cpus, self._held = cpus, held
+        self._cpus, self.held = cpus, held
         self.threads = [threading.get_native_id()]
         for index, cpu in enumerate(cpus, 1):
             ready = threading.Event()
@@ -124,10 +124,10 @@ class Processors:
     def _may_run(self) -> bool:
         """Wait while held. False: the thread is to end."""
         with self._changed:
-            if self._held and not self._leaving:
+            if self.held and not self._leaving:
                 self._parked += 1
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._held or self._leaving)
+                self._changed.wait_for(lambda: not self.held or self._leaving)
                 self._parked -= 1
             return not self._leaving
 
@@ -153,12 +153,12 @@ class Processors:
     def hold(self) -> None:
         """Until `go_on` no vCPU but the first runs; on return none does."""
         with self._changed:
-            self._held = True
+            self.held = True
         self._stop_all(lambda: self._parked >= len(self._running))
 
     def go_on(self) -> None:
         with self._changed:
-            self._held = False
+            self.held = False
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -176,7 +176,7 @@ class Processors:
             with self._changed:
                 if done():
                     return
-            # A kick between the look at `_held` and `run` is not lost, but it may end the run before: again.
+            # A kick between the look at `held` and `run` is not lost, but it may end the run before: again.
             self._kick_all()
             with self._changed:
                 self._changed.wait_for(done, 0.02)

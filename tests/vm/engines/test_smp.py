@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import random
 import signal
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,7 @@ from mixvisor.vm.engines.base import (
 from mixvisor.vm.engines.entry import flat_state
 from mixvisor.vm.engines.kvm.engine import KvmCpu, create_several
 from mixvisor.vm.engines.kvm.topology import Leaf, several
+from mixvisor.vm.engines.portable import BadState
 
 from .conftest import RecordingBus
 
@@ -49,6 +52,12 @@ SENDS = bytes.fromhex(
     "43c7871003000000000001c7870003000040400000f390391d0000020075f683fb6472dc88d8e6f4ebfe")
 # The first: starts the second, then counts at 20004h for ever.
 FIRST = STARTS[:STARTS.index(b"\xF3\x90")] + bytes.fromhex("ff0504000200 ebf8")
+# 0:7C00 real mode: x2APIC on, its timer on vector 40h every million ticks, which counts at 20000h; again: sti; hlt;
+# jmp again.
+TIMED = bytes.fromhex(
+    "31c08ed8c70600016d7cc7060201000066b91b0000000f32660d000c00000f3066b90f08000066b8ff0100006631d20f3066b93e08000066"
+    "b80b0000006631d20f3066b93208000066b8400002006631d20f3066b93808000066b840420f006631d20f30b800208ed8fbf4ebfc66ff06"
+    "000066b90b0800006631c06631d20f30cf")
 SPIN, CLI_HLT, STI_HLT = b"\xEB\xFE", b"\xFA\xF4", b"\xFB\xF4\xEB\xFD"
 
 pytestmark = pytest.mark.kvm
@@ -91,14 +100,42 @@ class Several:
             if self.left[index].reason is not ExitReason.KICKED:
                 return
 
-    def end(self) -> None:
-        """Idempotent."""
+    def halt(self) -> None:
+        """No vCPU runs any more."""
         self._ending = True
         for thread in self._threads:
             while thread.is_alive():
                 for cpu in self.cpus:
                     cpu.kick()
                 thread.join(0.05)
+
+    def state(self) -> Any:
+        """Of all vCPUs, once none runs, as from a file."""
+        self.halt()
+        return json.loads(json.dumps(self.cpus[0].get_all(self.cpus[1:])))
+
+    def go_on(self, other: Several, state: Any) -> None:
+        """Where *other* was."""
+        self.memory[:] = other.memory[:]
+        self.cpus[0].set_all(self.cpus[1:], state, "")
+        for index in range(1, len(self.cpus)):
+            self.spawn(index)
+
+    def run_until(self, condition: Callable[[], object]) -> Exit:
+        """The first vCPU, in this thread; how it left. A kick of any VM of this process kicks all."""
+        other = threading.Thread(target=lambda: (until(lambda: over or condition()), self.cpus[0].kick()))
+        over: list[Exit] = []
+        other.start()
+        left = self.cpus[0].run()
+        while left.reason is ExitReason.KICKED and not condition():
+            left = self.cpus[0].run()
+        over.append(left)
+        other.join()
+        return left
+
+    def end(self) -> None:
+        """Idempotent."""
+        self.halt()
         for cpu in reversed(self.cpus):
             cpu.close()
 
@@ -271,12 +308,123 @@ def test_random_code_on_the_second_vcpu_ends_or_is_kicked_and_never_ends_the_pro
             assert isinstance(machine.left[1].reason, ExitReason)
 
 
+# Saved and restored.
+
 def test_a_vcpu_of_several_is_not_saved_by_itself(vm):
     machine = vm(2)
     with pytest.raises(EngineError, match="several vCPUs"):
         machine.cpus[0].get_whole()
-    with pytest.raises(EngineError, match="several vCPUs"):
+    with pytest.raises(EngineError, match="by itself"):
         machine.cpus[1].set_whole(WholeState())
+
+
+def test_interrupts_between_vcpus_are_none_more_or_less_where_the_vm_goes_on_in_new_ones(vm):
+    machine, count = vm(2), 20_000
+    # cmp ebx, count; jb in place of cmp ebx, 100; jb
+    machine.start(SENDS.replace(bytes.fromhex("83fb64 72dc"), struct.pack("<HIH", 0xFB81, count, 0xD972)), WAITS)
+    moves, chance = 0, random.Random(5)
+    while moves < 1000:
+        machine.buses[0].on_out = lambda *_, machine=machine: machine.cpus[0].stop()
+        kicker = threading.Timer(chance.randrange(20) * 1e-3, machine.cpus[0].kick)
+        kicker.start()
+        left = machine.cpus[0].run()
+        kicker.join()
+        if machine.buses[0].log:
+            break
+        assert left.reason is ExitReason.KICKED
+        state = machine.state()               # which kicks every VM that there is
+        after = vm(2)
+        after.go_on(machine, state)
+        machine.end()
+        machine, moves = after, moves + 1
+    assert machine.buses[0].log == [("out", 0xF4, 1, count & 0xFF)]
+    assert machine.word(0x20000) == count
+    assert moves > 3
+
+
+def test_the_timer_of_a_local_apic_goes_on_in_a_new_vm(vm):
+    machine = vm(2)
+    machine.poke(0x7C00, TIMED)
+    state = CpuState()
+    state.gpr[RIP], state.gpr[RSP] = 0x7C00, 0x7000
+    machine.cpus[0].set_state(state)
+    for _ in range(3):
+        seen = machine.word(0x20000)
+        assert machine.run_until(lambda machine=machine, seen=seen: machine.word(0x20000) > seen + 3).reason is (
+            ExitReason.KICKED)
+        state = machine.state()
+        after = vm(2)
+        after.go_on(machine, state)
+        assert after.word(0x20000) > seen
+        machine = after
+
+
+def test_all_that_kvm_has_of_each_vcpu_comes_back_as_it_was(vm):
+    machine, other = vm(3), vm(3)
+    machine.start(FIRST, STI_HLT)
+    machine.run_until(lambda: machine.word(0x20004) > 3)
+    before = machine.state()
+    other.cpus[0].set_all(other.cpus[1:], before, "")
+    after = other.state()
+    assert len(before["vcpus"]) == 3
+    for old, new in zip(before["vcpus"], after["vcpus"], strict=True):
+        assert len(old["MSRS"]) > 20
+        moving = (0x10, 0x4B564D00, 0x4B564D01, 0x12, 0x11)       # the time-stamp counter; kvmclock's pages
+        assert [pair for pair in old["MSRS"] if pair[0] not in moving] == [
+            pair for pair in new["MSRS"] if pair[0] not in moving]
+        assert {key: old[key] for key in old if key != "MSRS"} == {key: new[key] for key in new if key != "MSRS"}
+    times = [dict(map(tuple, vcpu["MSRS"]))[0x10] for vcpu in after["vcpus"]]
+    assert max(times) - min(times) < 1_000_000_000          # one clock, read three times
+    assert 0 <= times[0] - dict(map(tuple, before["vcpus"][0]["MSRS"]))[0x10] < 60_000_000_000
+
+
+def test_registers_wider_than_sse_are_carried(vm):
+    machine, other = vm(2), vm(2)
+    vcpu = machine.cpus[1]._vcpu
+    area = bytearray(vcpu.take("XSAVE", 4096))
+    told = machine.cpus[0]._kvm.supported_cpuid()
+    avx = next(leaf.ecx >> 28 & 1 for leaf in told.entries[:told.nent] if leaf.function == 1)
+    at, bit = (576, 4) if avx else (160, 2)                 # the upper halves of YMM, or XMM; in XSTATE_BV
+    area[512] |= bit
+    area[at:at + 256] = bytes(range(256))
+    vcpu.give("XSAVE", bytes(area))
+    other.cpus[0].set_all(other.cpus[1:], machine.state(), "")
+    assert other.cpus[1]._vcpu.take("XSAVE", 4096)[at:at + 256] == bytes(range(256))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda state: state.pop("clock_ns"),
+    lambda state: state["vcpus"].pop(),
+    lambda state: state["vcpus"][1].pop("LAPIC"),
+    lambda state: state["vcpus"][1].update(LAPIC="AAAA"),
+    lambda state: state["vcpus"][0].update(REGS=7),
+    lambda state: state["vcpus"][0].update(SREGS="?" * 416),
+    lambda state: state["vcpus"][0].update(MSRS={}),
+    lambda state: state["vcpus"][0]["MSRS"].append([1, 2, 3]),
+    lambda state: state["vcpus"][0]["MSRS"].append([-1, 2]),
+    lambda state: state["vcpus"][0]["MSRS"].append([0x10, 1 << 64]),
+    lambda state: state.update(clock_ns=-1),
+    lambda state: state.update(vcpus="two"),
+])
+def test_a_damaged_state_of_several_vcpus_is_refused_in_words(vm, damage):
+    machine = vm(2)
+    state = machine.state()
+    damage(state)
+    with pytest.raises(BadState):
+        vm(2).cpus[0].set_all(vm(2).cpus[1:], state, "")
+
+
+@pytest.mark.parametrize(("damage", "why"), [
+    (lambda state: state.update(processor="0" * 32), "CPUID"),
+    (lambda state: state["vcpus"][0]["MSRS"].append([0x7FFF_1234, 0]), "no MSR 0x7fff1234"),
+    (lambda state: state["vcpus"][0].update(SREGS="/" * 416), "KVM refused"),
+])
+def test_a_state_of_another_host_or_that_kvm_does_not_take_is_refused_in_words(vm, damage, why):
+    machine, other = vm(2), vm(2)
+    state = machine.state()
+    damage(state)
+    with pytest.raises(EngineError, match=why):
+        other.cpus[0].set_all(other.cpus[1:], state, "")
 
 
 # What CPUID tells, without a device.

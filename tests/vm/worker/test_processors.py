@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import signal
 import struct
 import threading
@@ -19,6 +20,7 @@ from mixvisor.vm.worker.mptable import POINTER, install
 from mixvisor.vm.worker.processors import Processors
 from mixvisor.vm.worker.status import VCPUS_MAX, Phase
 
+from ..engines.test_smp import SENDS, WAITS
 from .test_worker import HALTING
 
 # The first vCPU, 32 bits at 10000h, starts the second (INIT, SIPI to 8000h) and waits until the word at 20000h reaches
@@ -353,3 +355,35 @@ def test_the_table_of_processors_is_found_and_has_right_sums(vcpus):
 def test_without_room_for_the_table_the_vm_is_refused():
     with pytest.raises(ValueError, match="at least 640K"):
         install(GuestMemory(bytearray(CONVENTIONAL_END)), 2)
+
+
+@pytest.mark.kvm
+def test_a_vm_whose_vcpus_send_each_other_interrupts_is_saved_and_goes_on_in_another_worker(smp, start):
+    # The first sends interrupts one by one for ever, the second counts each at 20000h.
+    first_code = SENDS.replace(bytes.fromhex("83fb64 72dc"), bytes.fromhex("ebdf 909090"))
+    fields = {"bits": 32, "load": 0x8000, "entry": 0x10000, "vcpus": 2}
+    worker = smp(image(WAITS, first_code))
+    for _ in range(4):
+        seen = count(worker)
+        worker.until(lambda worker=worker, seen=seen: count(worker) > seen + 100)
+        # In one go: what is asked behind the pause is answered when all vCPUs stand.
+        worker.ask("pause")
+        state = worker.saved()
+        memory = bytes(worker.memory)
+        assert json.loads(state).keys() == {"cpus", "machine", "halted"}
+        worker.until_phase(Phase.PAUSED)
+        assert bytes(worker.memory) == memory
+        worker = start("kvm", image(WAITS, first_code), saved=(memory, state), **fields)
+        assert struct.unpack_from("<I", memory, 0x20000)[0] <= count(worker)
+
+
+@pytest.mark.kvm
+def test_the_state_of_one_vcpu_is_not_that_of_several(smp, start):
+    worker = smp(image(first=FOR_EVER))
+    worker.until(lambda: count(worker) > 100)
+    worker.ask("pause")
+    one = start("kvm", image(first=FOR_EVER), saved=(bytes(worker.memory), worker.saved()), bits=32, load=0x8000,
+                entry=0x10000)
+    told = one.event("failed")
+    assert told["code"] == "state"
+    assert "it has not the parts that it must have" in told["reason"]

@@ -15,9 +15,9 @@ import enum
 from typing import Final
 
 __all__ = [
-    "API_VERSION", "CPUID_ENTRIES_MAX", "IOCTLS", "RUN_OFFSETS", "CpuidEntry", "CpuidHeader", "DebugRegisters",
-    "EnableCapability", "Events", "ExitCode", "InternalError", "IoDirection", "MsrEntry", "MsrHeader", "Registers",
-    "SegmentAbi", "SpecialRegisters", "SystemEvent", "TableAbi", "UserMemoryRegion", "Xsave",
+    "API_VERSION", "BLOBS", "CPUID_ENTRIES_MAX", "IOCTLS", "RUN_OFFSETS", "CpuidEntry", "CpuidHeader", "DebugRegisters",
+    "EnableCapability", "Events", "ExitCode", "InternalError", "IoDirection", "MsrEntry", "MsrHeader", "MsrList",
+    "Registers", "SegmentAbi", "SpecialRegisters", "SystemEvent", "TableAbi", "UserMemoryRegion", "Xsave",
 ]
 
 API_VERSION: Final = 12
@@ -42,7 +42,15 @@ IOCTLS: Final = {
     "KVM_INTERRUPT": 0x4004AE86,
     "KVM_GET_MSRS": 0xC008AE88,
     "KVM_SET_MSRS": 0x4008AE89,
+    "KVM_GET_MSR_INDEX_LIST": 0xC004AE02,
+    "KVM_GET_CLOCK": 0x8030AE7C,
+    "KVM_SET_CLOCK": 0x4030AE7B,
+    "KVM_GET_LAPIC": 0x8400AE8E,
+    "KVM_SET_LAPIC": 0x4400AE8F,
+    "KVM_GET_XCRS": 0x8188AEA6,
+    "KVM_SET_XCRS": 0x4188AEA7,
     "KVM_GET_MP_STATE": 0x8004AE98,
+    "KVM_SET_MP_STATE": 0x4004AE99,
     "KVM_GET_VCPU_EVENTS": 0x8040AE9F,
     "KVM_SET_VCPU_EVENTS": 0x4040AEA0,
     "KVM_GET_DEBUGREGS": 0x8080AEA1,
@@ -283,6 +291,15 @@ class MsrHeader(ctypes.Structure):
     )
 
 
+MSR_INDICES_MAX: Final = 1024
+
+
+class MsrList(ctypes.Structure):
+    """struct kvm_msr_list with room for more than any kernel has."""
+
+    _fields_ = (("nmsrs", ctypes.c_uint32), ("indices", ctypes.c_uint32 * MSR_INDICES_MAX))
+
+
 class DebugRegisters(ctypes.Structure):
     """struct kvm_debugregs."""
 
@@ -299,6 +316,10 @@ class Xsave(ctypes.Structure):
     """struct kvm_xsave: the legacy area of FXSAVE, then the header, of which the first word says what is in use."""
 
     _fields_ = (("region", ctypes.c_uint32 * 1024),)
+
+
+# Structures that are only carried, never looked into, and their sizes.
+BLOBS: Final = {"kvm_lapic_state": 1024, "kvm_xcrs": 392, "kvm_mp_state": 4, "kvm_clock_data": 48}
 
 
 EVENT_SHADOW: Final = 4              # KVM_VCPUEVENT_VALID_SHADOW

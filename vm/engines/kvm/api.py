@@ -90,6 +90,12 @@ class Kvm:
         _call(self.fd, "KVM_GET_SUPPORTED_CPUID", ctypes.addressof(table))
         return table
 
+    def msr_indices(self) -> list[int]:
+        """The MSRs that this host's KVM keeps for a guest."""
+        table = abi.MsrList(nmsrs=abi.MSR_INDICES_MAX)
+        _call(self.fd, "KVM_GET_MSR_INDEX_LIST", ctypes.addressof(table))
+        return table.indices[:table.nmsrs]
+
     def close(self) -> None:
         """Its VM lives on. Harmless when closed already."""
         if self.fd >= 0:
@@ -119,6 +125,16 @@ class Vm:
         wanted = abi.EnableCapability(cap=capability)
         wanted.args[0] = argument
         _call(self.fd, "KVM_ENABLE_CAP", ctypes.addressof(wanted))
+
+    def get_clock(self) -> int:
+        """What kvmclock shows, ns."""
+        raw = ctypes.create_string_buffer(abi.BLOBS["kvm_clock_data"])
+        _call(self.fd, "KVM_GET_CLOCK", ctypes.addressof(raw))
+        return int.from_bytes(raw[:8], "little")
+
+    def set_clock(self, clock_ns: int) -> None:
+        raw = ctypes.create_string_buffer(clock_ns.to_bytes(8, "little"), abi.BLOBS["kvm_clock_data"])
+        _call(self.fd, "KVM_SET_CLOCK", ctypes.addressof(raw))
 
     def create_vcpu(self, number: int, run_size: int) -> Vcpu:
         return Vcpu(_call(self.fd, "KVM_CREATE_VCPU", number), run_size)
@@ -171,6 +187,29 @@ class Vcpu:
 
     def set_special(self, values: abi.SpecialRegisters) -> None:
         _call(self.fd, "KVM_SET_SREGS", ctypes.addressof(values))
+
+    def take(self, call: str, size: int) -> bytes:
+        """What KVM_GET_*call* gives, as it is."""
+        raw = ctypes.create_string_buffer(size)
+        _call(self.fd, f"KVM_GET_{call}", ctypes.addressof(raw))
+        return raw.raw
+
+    def give(self, call: str, data: bytes) -> None:
+        """Back to KVM_SET_*call*."""
+        raw = ctypes.create_string_buffer(data, len(data))
+        _call(self.fd, f"KVM_SET_{call}", ctypes.addressof(raw))
+
+    def known_msrs(self, indices: list[int]) -> dict[int, int]:
+        """The values of those that this vCPU has."""
+        found: dict[int, int] = {}
+        at = 0
+        while at < len(indices):
+            some = indices[at:at + abi.MSR_ENTRIES_MAX]
+            table = self._msrs(some, [0] * len(some))
+            done = _call(self.fd, "KVM_GET_MSRS", ctypes.addressof(table))
+            found |= {table.entries[index].index: table.entries[index].data for index in range(done)}
+            at += done if done == len(some) else done + 1          # it stops at the first that it has not
+        return found
 
     def get_msrs(self, indices: list[int]) -> list[int]:
         """Raises OSError naming the first that KVM does not have."""

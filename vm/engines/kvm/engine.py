@@ -38,7 +38,7 @@ import signal
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from ...code import decode
 from .. import cpuid, kick
@@ -61,9 +61,9 @@ from ..base import (
     WholeState,
     nobody,
 )
-from ..portable import canonical
+from ..portable import canonical, why_not
 from ..tsc import read_tsc
-from . import abi, exits
+from . import abi, exits, smp_state
 from .api import Kvm, Vcpu, Vm, address_of
 from .errors import is_busy, refusal, what_kvm_is
 from .topology import Leaf, several
@@ -198,8 +198,10 @@ class KvmCpu:
         self._vcpu: Vcpu = self._vm.create_vcpu(index, self._kvm.run_size())
         try:
             if self._several:
-                self._vcpu.set_cpuid(_one_of_several(supported, index, self.count,
-                                                     deadline=bool(self._kvm.has(abi.CAP_TSC_DEADLINE_TIMER))))
+                table = _one_of_several(supported, index, self.count,
+                                        deadline=bool(self._kvm.has(abi.CAP_TSC_DEADLINE_TIMER)))
+                self._vcpu.set_cpuid(table)
+                self._processor = smp_state.digest(table.entries[:table.nent])
             else:
                 self._vcpu.set_cpuid(_processor(supported))
                 # As Unicorn has it, and so far from KVM's own zero that it is not taken for a slip of synchronisation.
@@ -437,10 +439,8 @@ class KvmCpu:
     def get_whole(self) -> WholeState:
         """`run` has returned, so no port instruction is half done (see "Leaving" above)."""
         if self._several:
-            raise EngineError("a VM with several vCPUs cannot be saved or moved: its local APICs are not carried")
+            raise EngineError("a VM with several vCPUs runs on KVM alone: no other engine has local APICs")
         vcpu = self._vcpu
-        if self._several:
-            raise EngineError("a VM with several vCPUs has local APICs, which cannot be carried yet")
         try:
             if vcpu.get_special().cr8:
                 raise EngineError("the guest has set a task priority (CR8), which only a local APIC would heed")
@@ -455,7 +455,7 @@ class KvmCpu:
 
     def set_whole(self, whole: WholeState) -> None:
         if self._several:
-            raise EngineError("a VM with several vCPUs cannot be restored: its local APICs are not carried")
+            raise EngineError("a vCPU of several is not restored by itself")
         vcpu = self._vcpu
         debug = abi.DebugRegisters(dr6=whole.debug[4], dr7=whole.debug[5])
         debug.db[:] = whole.debug[:4]
@@ -471,6 +471,21 @@ class KvmCpu:
         except OSError as error:
             raise EngineError(f"KVM refused the CPU state: {error}") from error
         self._halted = whole.halted
+
+    def get_all(self, others: Sequence[KvmCpu]) -> dict[str, Any]:
+        """The state of a VM with several vCPUs, of which this is the first, as plain data. None of them runs."""
+        return smp_state.to_plain(self._vm, [cpu._vcpu for cpu in (self, *others)], self._kvm.msr_indices(),
+                                 self._processor)
+
+    def set_all(self, others: Sequence[KvmCpu], data: Any, technology: str) -> None:
+        """Go on from what `get_all` gave. Raises BadState, EngineError."""
+        cpus = (self, *others)
+        smp_state.from_plain(self._vm, [cpu._vcpu for cpu in cpus], self._kvm.msr_indices(), self._processor, data)
+        for index, cpu in enumerate(cpus):
+            cpu._page[_READY] = 0
+            why = why_not(WholeState(registers=canonical(cpu.get_state())), "kvm", technology)
+            if why is not None:
+                raise EngineError(f"vCPU {index}: {why}")
 
     def memory_changed(self, address: int, length: int) -> None:
         """Nothing to do: the hardware (or PVM's emulator) reads memory afresh."""
