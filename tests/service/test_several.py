@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mixvisor.service.backend import Conflict
+
 from .conftest import running, until, vm
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.kvm]
@@ -55,6 +57,24 @@ async def test_each_vcpu_is_scheduled_billed_and_shown_and_the_vm_obeys(tmp_path
         await until(lambda: all(new.run_ns > old.run_ns for new, old
                                 in zip(vm(service, "two").vcpus, kept, strict=True)),
                     what="the counters of each vCPU go on over a restart")
+
+
+async def test_a_vm_of_several_vcpus_is_saved_and_goes_on_and_says_why_it_stays_in_its_mode(tmp_path):
+    file = tmp_path / "two.mixvisor"
+    async with running(tmp_path, [several(tmp_path)], dispatch="gentle") as service:
+        await until(lambda: (vm(service, "two").progress or 0) > 1000)
+        with pytest.raises(Conflict, match=r"two stays in hardware mode: .*vCPUs"):
+            await service.set_mode("two", "software")
+        await service.save("two", file, leave_running=True)
+        seen = vm(service, "two").progress
+        await until(lambda: vm(service, "two").progress > seen, what="it goes on where it was left running")
+        await service.save("two", file, leave_running=False)
+        seen = vm(service, "two").progress
+        await service.restore(file, None)
+        await until(lambda: vm(service, "two").progress > seen + 1000)
+        run = [vcpu.run_ns for vcpu in vm(service, "two").vcpus]
+        await until(lambda: all(after.run_ns > before for after, before
+                                in zip(vm(service, "two").vcpus, run, strict=True)), what="each vCPU runs on")
 
 
 async def test_a_vm_whose_vcpus_all_wait_is_billed_for_nothing_and_can_be_stopped(tmp_path):
