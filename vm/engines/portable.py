@@ -116,8 +116,6 @@ def why_not(whole: WholeState, engine: str, technology: str = "") -> str | None:
 
 def _not_software(whole: WholeState) -> str | None:
     state = whole.registers
-    if state.gpr[RFLAGS] & _VM:
-        return "the guest is in virtual-8086 mode, which the software engine does not run"
     if whole.debug[5] & _BREAKPOINTS:
         return "the guest has set hardware breakpoints (DR7), which the software engine does not have"
     if state.cr4 & ~_CR4_KNOWN:
@@ -132,6 +130,8 @@ def _not_kvm(whole: WholeState, technology: str) -> str | None:
     if technology == "pvm" and state.cr0 & _PG and not state.efer & _LMA:
         return ("the guest uses 32-bit paging, which this host's KVM (PVM) cannot run; 16-bit code, 32-bit code"
                 " without paging and 64-bit code can be moved")
+    if technology == "pvm" and state.gpr[RFLAGS] & _VM:
+        return "the guest is in virtual-8086 mode, which this host's KVM (PVM) does not have"
     if state.cr0 & _PG and not state.cr0 & _PE:
         return "the guest has switched on paging without protection, which no processor does"
     for name, value in (("RIP", state.gpr[RIP]), ("FS base", state.fs.base), ("GS base", state.gs.base),

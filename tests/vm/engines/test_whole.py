@@ -443,15 +443,42 @@ def test_a_hundred_moves_of_a_counting_guest_lose_and_double_nothing(make):
     assert seen <= {0, 3, 6, 10}
 
 
+@pytest.mark.spins
+@pytest.mark.parametrize("engines", [("software", "software")] if PVM or KVM_MISSING else [
+    ("software", "software"), pytest.param(("software", "kvm"), marks=pytest.mark.kvm)])
+def test_a_guest_in_virtual_8086_mode_counts_on_wherever_it_goes(make, engines):
+    machine = make("software", 4 << 20)
+    # 1000:0100, its data at 2000:0: l: inc ax; inc dword [0]; add bx, 3; jmp l
+    machine.memory[0x10100:0x1010b] = bytes.fromhex("40 66ff060000 83c303 ebf5")
+    segments = {name: Segment(selector=selector, base=selector << 4, limit=0xFFFF, type=3, dpl=3)
+                for name, selector in (("cs", 0x1000), ("ds", 0x2000), ("es", 0x2000), ("fs", 0), ("gs", 0),
+                                       ("ss", 0x3000))}
+    state = dataclasses.replace(CpuState(), cr0=0x11, **segments)
+    state.gpr[RIP], state.gpr[RFLAGS] = 0x100, 1 << 17 | 3 << 12 | 2
+    machine.cpu.set_state(state)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    for move in range(100):
+        assert machine.cpu.run().reason is ExitReason.KICKED
+        counted, = struct.unpack_from("<I", machine.memory, 0x20000)
+        now = machine.cpu.get_state()
+        at = now.gpr[RIP] - 0x100
+        assert now.gpr[RFLAGS] & (1 << 17 | 3 << 12) == 1 << 17 | 3 << 12
+        assert (now.cs.selector, now.cs.dpl, now.ss.base) == (0x1000, 3, 0x30000)
+        assert now.gpr[RAX] & 0xFFFF == (counted + (at == 1)) & 0xFFFF
+        assert now.gpr[RBX] & 0xFFFF == 3 * (counted - (at == 6)) & 0xFFFF
+        machine.move(engines[(move + 1) % 2])
+    assert counted > 100
+
+
 # What cannot be carried.
 
 @pytest.mark.parametrize(("change", "engine", "technology", "words"), [
     ({"cr0": 0x8000_0011}, "kvm", "pvm", "32-bit paging"),
     ({"cr0": 0x8000_0010}, "kvm", "vt-x", "paging without protection"),
     ({"gdt": DescriptorTable(1 << 60, 0)}, "kvm", "vt-x", "GDT base"),
+    ({"gpr": [0] * 17 + [1 << 17]}, "kvm", "pvm", "virtual-8086"),
     ({"cr4": 1 << 18}, "software", "", "CR4"),
     ({"efer": 1 << 12}, "software", "", "EFER"),
-    ({"gpr": [0] * 17 + [1 << 17]}, "software", "", "virtual-8086"),
 ])
 def test_what_an_engine_cannot_go_on_from_has_a_reason(change, engine, technology, words):
     whole = WholeState(registers=dataclasses.replace(CpuState(), **change))
