@@ -24,13 +24,14 @@ __all__ = ["ENGINES", "create", "create_several", "get_all", "prepare", "set_all
 
 
 def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
-         device: int | None = None) -> Cpu:
+         device: int | None = None, *, checked: bool = False) -> Cpu:
+    del checked                             # the processor does
     from .kvm.engine import create
     return create(memory, bus, exits, device, rom)
 
 
 def _software(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
-              device: int | None = None) -> Cpu:
+              device: int | None = None, *, checked: bool = False) -> Cpu:
     try:
         from .software.engine import create
     except ImportError as error:
@@ -38,7 +39,7 @@ def _software(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | N
             f"the software engine needs the Python package unicorn ({error}): pip install"
             " 'unicorn==2.1.4'"
         ) from error
-    return create(memory, bus, exits, rom=rom)
+    return create(memory, bus, exits, rom=rom, checked=checked)
 
 
 ENGINES: Final[Mapping[str, Callable[..., Cpu]]] = {
@@ -86,11 +87,12 @@ def set_all(first: Cpu, others: Sequence[Cpu], data: Any, technology: str) -> No
 
 
 def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
-           device: int | None = None) -> Cpu:
+           device: int | None = None, *, checked: bool = False) -> Cpu:
     """A vCPU of the engine *name*. See `base.Cpu` for the arguments.
 
     *device*: /dev/kvm for the engine `kvm` where the caller may not open it; it is closed by this.
+    *checked*: the software engine checks each access as a processor does (segments.py).
     """
     if name not in ENGINES:
         raise EngineError(f"no engine {name!r}: there are {', '.join(ENGINES)}")
-    return ENGINES[name](memory, bus, exits, rom, device)
+    return ENGINES[name](memory, bus, exits, rom, device, checked=checked)

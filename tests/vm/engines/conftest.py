@@ -6,6 +6,7 @@ kicked, so that a guest that should have stopped gives a failure and not a hangi
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -22,7 +23,7 @@ MEMORY = 1 << 20
 ORIGIN = 0x7C00
 DEADLINE_SECONDS = 20
 
-CREATE = {**ENGINES, "fake": fake.create}
+CREATE = {**ENGINES, "fake": fake.create, "checked": functools.partial(ENGINES["software"], checked=True)}
 
 
 def _kvm_missing() -> str | None:

@@ -13,6 +13,7 @@ right, its test fails and docs/engines.md can say so.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import struct
@@ -22,8 +23,11 @@ from pathlib import Path
 
 import pytest
 
-from mixvisor.vm.engines.base import RAX, RCX, RFLAGS, RIP, RSP, DescriptorTable, ExitReason, Segment
+from mixvisor.vm.engines.base import RAX, RBX, RCX, RFLAGS, RIP, RSP, DescriptorTable, ExitReason, Segment
 from mixvisor.vm.engines.entry import flat_state
+from mixvisor.vm.engines.software.segments import decoded, due
+
+from .conftest import KVM
 
 CODE, HANDLERS, IDT, TSS, GDT, STACK, RING3_STACK = 0x10000, 0xC000, 0xD000, 0xE000, 0x7000, 0x8000, 0xB000
 DIRECTORY, TABLE = 0x100000, 0x101000
@@ -421,6 +425,123 @@ UNCHECKED = (
          0, 0x50, (0, 0x10008, 8, 0x10002)),
 )
 
+# What a processor checks at each access, and what is not to be taken for it (`processor` 50h).
+ACCESSES = (
+    case("write beyond a limit",
+         "mov ax, 0x40; mov ds, ax; mov [0xFFD], eax; int 0x50",
+         "66b840008ed8a3fd0f0000cd50",
+         0, 0x50, (0, 0x10006, 8), gdt={8: 0x40920000000fff}),
+    case("the last bytes within a limit",
+         "mov ax, 0x40; mov ds, ax; mov eax, [0xFFC]; mov [0xFFC], eax; mov al, [0xFFF]; int 0x50",
+         "66b840008ed8a1fc0f0000a3fc0f0000a0ff0f0000cd50",
+         0, 0x50, None, processor=0x50, gdt={8: 0x40920000000fff}),
+    case("an offset that wraps",
+         "mov ax, 0x40; mov ds, ax; mov eax, [-1]; int 0x50",
+         "66b840008ed8a1ffffffffcd50",
+         0, 0x50, (0, 0x10006, 8), gdt={8: 0x40920000000fff}),
+    case("below the limit of an expand-down segment",
+         "mov ax, 0x40; mov ds, ax; mov eax, [0xFFC]; int 0x50",
+         "66b840008ed8a1fc0f0000cd50",
+         0, 0x50, (0, 0x10006, 8), gdt={8: 0x40960000000fff}),
+    case("above the limit of an expand-down segment",
+         "mov ax, 0x40; mov ds, ax; mov eax, [0x1000]; int 0x50",
+         "66b840008ed8a100100000cd50",
+         0, 0x50, None, processor=0x50, gdt={8: 0x40960000000fff}),
+    case("write to code",
+         "mov [cs:0x9000], eax; int 0x50",
+         "2ea300900000cd50",
+         0, 0x50, (0, 0x10000, 8)),
+    case("read-only: add",
+         "mov ax, 0x40; mov ds, ax; add [0], eax; int 0x50",
+         "66b840008ed8010500000000cd50",
+         0, 0x50, (0, 0x10006, 8), gdt={8: 0x40900000000fff}),
+    case("read-only: cmp, bt, push",
+         "mov ax, 0x40; mov ds, ax; cmp [0], eax; bt [0], eax; push dword [0]; int 0x50",
+         "66b840008ed83905000000000fa30500000000ff3500000000cd50",
+         0, 0x50, None, processor=0x50, gdt={8: 0x40900000000fff}),
+    case("read-only: bts",
+         "mov ax, 0x40; mov ds, ax; bts [0], ecx; int 0x50",
+         "66b840008ed80fab0d00000000cd50",
+         0, 0x50, (0, 0x10006, 8), gdt={8: 0x40900000000fff}),
+    case("null fs",
+         "xor eax, eax; mov fs, ax; mov eax, [fs:0x9000]; int 0x50",
+         "31c08ee064a100900000cd50",
+         0, 0x50, (0, 0x10004, 8)),
+    case("pop beyond a stack's limit",
+         "mov ax, 0x40; mov ss, ax; mov esp, 0xFFE; pop eax; int 0x50",
+         "66b840008ed0bcfe0f000058cd50",
+         0, 0x50, (0, 0x1000b, 8), processor=0xc, gdt={8: 0x40920000000fff}),
+    case("ebp is on the stack",
+         "mov ax, 0x40; mov ss, ax; mov esp, 0xF00; mov ebp, 0x1000; mov eax, [ebp]; int 0x50",
+         "66b840008ed0bc000f0000bd001000008b4500cd50",
+         0, 0x50, (0, 0x10010, 8), processor=0xc, gdt={8: 0x40920000000fff}),
+    case("leave beyond a stack's limit",
+         "mov ax, 0x40; mov ss, ax; mov esp, 0xF00; mov ebp, 0x1000; leave; int 0x50",
+         "66b840008ed0bc000f0000bd00100000c9cd50",
+         0, 0x50, (0, 0x10010, 8), processor=0xc, gdt={8: 0x40920000000fff}),
+    case("rep stosd up to a limit",
+         "mov ax, 0x40; mov es, ax; mov edi, 0xFF0; mov ecx, 8; rep stosd; int 0x50",
+         "66b840008ec0bff00f0000b908000000f3abcd50",
+         0, 0x50, (0, 0x10010, 8), gdt={8: 0x40920000000fff}, ecx=4),
+    case("rep movsb of nothing",
+         "mov ax, 0x40; mov es, ax; mov edi, 0x2000; xor ecx, ecx; rep movsb; int 0x50",
+         "66b840008ec0bf0020000031c9f3a4cd50",
+         0, 0x50, None, processor=0x50, gdt={8: 0x40920000000fff}),
+    case("lodsd beyond a limit",
+         "mov ax, 0x40; mov ds, ax; mov esi, 0xFFD; lodsd; int 0x50",
+         "66b840008ed8befd0f0000adcd50",
+         0, 0x50, (0, 0x1000b, 8), gdt={8: 0x40920000000fff}),
+    case("a bit beyond a limit",
+         "mov ax, 0x40; mov ds, ax; mov eax, 0x8000; bts [0], eax; int 0x50",
+         "66b840008ed8b8008000000fab0500000000cd50",
+         0, 0x50, (0, 0x1000b, 8), gdt={8: 0x40920000000fff}),
+    case("a bit before an operand",
+         "mov ax, 0x40; mov ds, ax; mov eax, -8; mov byte [0xFFF], 0; bts [0x1000], eax; "
+         "bt dword [0xFFC], 24; setc cl; movzx ecx, cl; int 0x50",
+         "66b840008ed8b8f8ffffffc605ff0f0000000fab05001000000fba25fc0f0000180f92c10fb6c9cd50",
+         0, 0x50, None, processor=0x50, gdt={8: 0x40920000001fff}, ecx=1),
+    case("xlat beyond a limit",
+         "mov ax, 0x40; mov ds, ax; mov ebx, 0xFFF; mov al, 1; xlatb; int 0x50",
+         "66b840008ed8bbff0f0000b001d7cd50",
+         0, 0x50, (0, 0x1000d, 8), gdt={8: 0x40920000000fff}),
+    case("a far pointer beyond a limit",
+         "mov ax, 0x40; mov ds, ax; les edi, [0xFFC]; int 0x50",
+         "66b840008ed8c43dfc0f0000cd50",
+         0, 0x50, (0, 0x10006, 8), gdt={8: 0x40920000000fff}),
+    case("an index with a scale",
+         "mov ax, 0x40; mov ds, ax; mov ecx, 0x400; mov eax, [ecx*4-3]; int 0x50",
+         "66b840008ed8b9000400008b048dfdffffffcd50",
+         0, 0x50, (0, 0x1000b, 8), gdt={8: 0x40920000000fff}),
+    case("16-bit addressing wraps within 64 KiB",
+         "mov ax, 0x40; mov ds, ax; mov bx, 0xFFFF; mov si, 0x10; mov eax, [bx+si]; int 0x50",
+         "66b840008ed866bbffff66be1000678b00cd50",
+         0, 0x50, None, processor=0x50, gdt={8: 0x40920000000fff}),
+    case("lea asks no limit",
+         "mov ax, 0x40; mov ds, ax; lea eax, [0x123456]; int 0x50",
+         "66b840008ed88d0556341200cd50",
+         0, 0x50, None, processor=0x50, gdt={8: 0x40920000000fff}),
+    case("lock cmp",
+         "lock cmp [0x9000], eax; int 0x50",
+         "f0390500900000cd50",
+         0, 0x50, (0x10000, 8), processor=0x6),
+    case("lock xchg, cmpxchg8b",
+         "lock xchg [0x9000], eax; lock cmpxchg8b [0x9000]; int 0x50",
+         "f0870500900000f00fc70d00900000cd50",
+         0, 0x50, None, processor=0x50),
+    case("unaligned addps",
+         "mov eax, 0x600; mov cr4, eax; addps xmm0, [0x9008]; int 0x50",
+         "b8000600000f22e00f580508900000cd50",
+         0, 0x50, (0, 0x10008, 8)),
+    case("unaligned movups",
+         "mov eax, 0x600; mov cr4, eax; movups xmm0, [0x9001]; movups [0x9001], xmm0; int 0x50",
+         "b8000600000f22e00f1005019000000f110501900000cd50",
+         0, 0x50, None, processor=0x50),
+    case("unaligned fxsave",
+         "mov eax, 0x600; mov cr4, eax; fxsave [0x9008]; int 0x50",
+         "b8000600000f22e00fae0508900000cd50",
+         0, 0x50, (0, 0x10008, 8)),
+)
+
 
 def built(make, engine, case: Case, *, paged: bool = False):
     machine = make(engine, 4 << 20)
@@ -502,6 +623,39 @@ def test_a_program_under_paging_does_as_the_manual_says(make, real_engine, case)
     check(machine, case, case.vector, case.frame)
 
 
+@pytest.mark.parametrize("case", PLAIN)
+def test_a_program_does_the_same_where_every_access_is_checked(make, case):
+    machine = built(make, "checked", case)
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    check(machine, case, case.vector, case.frame)
+
+
+@pytest.mark.parametrize("case", PAGED)
+def test_a_program_under_paging_does_the_same_where_every_access_is_checked(make, case):
+    machine = built(make, "checked", case, paged=True)
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    check(machine, case, case.vector, case.frame)
+
+
+@pytest.mark.parametrize("case", [*UNCHECKED, *ACCESSES])
+def test_what_is_let_pass_else_faults_where_every_access_is_checked(make, case):
+    machine = built(make, "checked", case)
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    check(machine, case, case.processor or 13, case.frame)
+
+
+@pytest.mark.parametrize("engine", [KVM])
+@pytest.mark.parametrize("case", ACCESSES)
+def test_an_access_does_as_the_manual_says(make, engine, case):
+    machine = built(make, engine, case)
+    result = machine.cpu.run()
+    if PVM and result.reason is ExitReason.HOST_LIMIT:
+        assert "this host's KVM cannot run `" in result.detail
+        return
+    assert result.reason is ExitReason.HALTED
+    check(machine, case, case.processor or 13, case.frame)
+
+
 @pytest.mark.parametrize("case", UNCHECKED)
 def test_what_the_software_engine_lets_pass_is_known(make, real_engine, case):
     machine = built(make, real_engine, case)
@@ -512,10 +666,56 @@ def test_what_the_software_engine_lets_pass_is_known(make, real_engine, case):
         check(machine, case, case.processor or 13, case.frame)
 
 
+def test_a_word_at_the_end_of_a_segment_of_real_mode_faults_where_every_access_is_checked(make):
+    # mov ax, [0FFFFh]; vector 13 of the table at 0:600h, which halts
+    machine = make("checked", 4 << 20)
+    machine.load("a1ffff f4")
+    machine.poke(13 * 4, struct.pack("<HH", 0x600, 0))
+    machine.poke(0x600, b"\xF4")
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    assert machine.cpu.get_gpr()[RIP] == 0x601
+
+
+@pytest.mark.parametrize(("ring", "flags", "vector"), [(3, 1 << 18, 17), (3, 0, 0x50), (0, 1 << 18, 0x50)])
+def test_alignment_is_checked_in_ring_3_where_the_guest_wants_it(make, ring, flags, vector):
+    # mov eax, [9001h]; int 50h
+    machine = built(make, "checked", Case("", "", "a101900000cd50", ring, vector, None))
+    state = machine.cpu.get_state()
+    state.gpr[RFLAGS] |= flags
+    state.cr0 |= 1 << 18
+    machine.cpu.set_state(state)
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    check(machine, Case("", "", "", ring, vector, (0, 0x10000) if vector == 17 else None), vector,
+          (0, 0x10000) if vector == 17 else None)
+
+
+def test_a_guest_whose_accesses_are_checked_is_kicked_and_counts_right(make):
+    # l: inc eax; inc dword [9000h]; add ebx, 3; jmp l
+    machine = built(make, "checked", Case("", "", "40 ff0500900000 83c303 ebf4", 0, 0, None))
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    for _ in range(50):
+        assert machine.cpu.run().reason is ExitReason.KICKED
+        gpr = machine.cpu.get_gpr()
+        counted, = struct.unpack_from("<I", machine.memory, 0x9000)
+        at = gpr[RIP] - CODE
+        assert gpr[RAX] == counted + (at == 1)
+        assert gpr[RBX] == 3 * (counted - (at == 7))
+    assert counted > 50
+
+
+def test_the_decoder_is_total():
+    rng = random.Random(3)
+    for _ in range(3000):
+        for bits in (16, 32):
+            for access in decoded(rng.randbytes(15), bits).accesses:
+                assert due(access, lambda _register: 0xFFFF_FFFF, lambda _segment: (8, 0, 0xFFFF, 0), protected=True) in (
+                    12, 13, None)
+
+
 @pytest.mark.skipif(shutil.which("nasm") is None, reason="nasm is not installed")
 def test_the_bytes_of_every_case_are_those_of_its_source(tmp_path):
     # One file of all: a call of nasm costs more than the assembling.
-    cases = [parameter.values[0] for parameter in (*PLAIN, *PAGED, *UNCHECKED)]
+    cases = [parameter.values[0] for parameter in (*PLAIN, *PAGED, *UNCHECKED, *ACCESSES)]
     lines = ["bits 32"]
     for number, each in enumerate(cases):
         lines += [f"section c{number} align=1 vstart={CODE:#x} {'' if number == 0 else f'follows=c{number - 1}'}",

@@ -30,7 +30,7 @@ from ..paging import PageFault, PagingMode, read_linear, translate
 from .quirks import Native
 from .state import LMA, PAGING, PROTECTED, SEGMENTS, VM86, Registers
 
-__all__ = ["Cause", "Delivery", "PortFault", "TripleFault", "Unsupported"]
+__all__ = ["Cause", "Delivery", "Refused", "TripleFault", "Unsupported"]
 
 _DOUBLE_FAULT, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION, _PAGE = 8, 10, 11, 12, 13, 14
 _CONTRIBUTORY: Final = frozenset((0, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION))
@@ -59,11 +59,11 @@ class Unsupported(Exception):
     """Architecture that this engine leaves out, named."""
 
 
-class PortFault(Exception):
-    """A port that the guest's ring may not use."""
+class Refused(Exception):
+    """A port that the guest's ring may not use, an access that its segment does not allow: due at the instruction."""
 
-    def __init__(self, vector: int, error: int) -> None:
-        super().__init__(f"fault {vector} error {error:#x}")
+    def __init__(self, vector: int, error: int | None) -> None:
+        super().__init__(f"fault {vector}")
         self.vector, self.error = vector, error
 
 
@@ -182,7 +182,7 @@ class Delivery:
     # -- ports -------------------------------------------------------------------------------
 
     def check_port(self, port: int, size: int) -> None:
-        """The bitmap in the TSS (SDM volume 1, 19.5.2). Raises PortFault with what is due instead."""
+        """The bitmap in the TSS (SDM volume 1, 19.5.2). Raises Refused with what is due instead."""
         selector, base, limit, flags = self._registers.raw_segment(SEGMENTS["tr"])
         self._mode = self._paging()
         self._walked.clear()
@@ -198,7 +198,7 @@ class Delivery:
         except _Fault as fault:
             if fault.linear is not None:
                 self._registers.set_control(_CR2, fault.linear)
-            raise PortFault(fault.vector, fault.error) from None
+            raise Refused(fault.vector, fault.error) from None
 
     # -- gates -------------------------------------------------------------------------------
 

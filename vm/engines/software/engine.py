@@ -33,10 +33,11 @@ from .. import cpuid, kick
 from ..base import Bus, CpuState, EngineError, Event, Exit, ExitKind, ExitReason, Watch, WholeState, nobody
 from ..paging import PagingMode, paging_mode, read_linear
 from ..tsc import read_tsc
-from .delivery import Cause, Delivery, PortFault, TripleFault, Unsupported
+from .delivery import Cause, Delivery, Refused, TripleFault, Unsupported
 from .privileged import MSRS_PRESENT, Privileged
 from .quirks import PREFIXES, SEGMENT_SIZE, Native, Unicorn
-from .state import Registers
+from .segments import CS, decoded, due
+from .state import LMA, VM86, Registers
 
 __all__ = ["SoftwareCpu", "create"]
 
@@ -44,6 +45,7 @@ PHYSICAL_END: Final = 1 << 52
 FOUR_GIB: Final = 1 << 32
 _WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17))
 _DEBUG, _INVALID_OPCODE, _PROTECTION = 1, 6, 13
+_ALIGNMENT_MASK, _ALIGNMENT_CHECK = 1 << 18, 1 << 18        # CR0.AM, EFLAGS.AC
 _INTERRUPT_FLAG: Final = 0x200
 _FETCH_ERRORS: Final = frozenset((
     unicorn_const.UC_ERR_FETCH_UNMAPPED, unicorn_const.UC_ERR_FETCH_PROT))
@@ -52,6 +54,7 @@ _OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ct
                         ctypes.c_void_p)
 _IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int,
                        ctypes.c_void_p)
+_CODE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 _CPUID = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
                          ctypes.c_void_p)
@@ -59,9 +62,13 @@ _WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
                           ctypes.c_void_p)
 
 
-def create(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> SoftwareCpu:
-    """A vCPU over *memory*. Raises EngineError when Unicorn is not the version it must be."""
-    return SoftwareCpu(memory, bus, exits, rom)
+def create(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None, *,
+           checked: bool = False) -> SoftwareCpu:
+    """A vCPU over *memory*. Raises EngineError when Unicorn is not the version it must be.
+
+    *checked*: limits and types of segments are checked at each access, at a hundredth of the speed (segments.py).
+    """
+    return SoftwareCpu(memory, bus, exits, rom, checked=checked)
 
 
 def _address(callback: Any) -> int:
@@ -73,7 +80,8 @@ def _address(callback: Any) -> int:
 class SoftwareCpu:
     stops_at = "block"
 
-    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None) -> None:
+    def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None, *,
+                 checked: bool = False) -> None:
         if len(memory) % mmap.PAGESIZE:
             raise EngineError(
                 f"memory of {len(memory)} bytes: the software engine takes whole pages")
@@ -96,7 +104,7 @@ class SoftwareCpu:
             memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
         self._privileged = Privileged(unicorn, self._registers, self._code_here, lambda linear: read_linear(
             memory, paging_mode(self.get_state()), linear, 2))
-        self._refused: PortFault | None = None   # by a port hook, due at its instruction
+        self._refused: Refused | None = None   # by a hook, due at its instruction
         self._length = 0                         # of the port instruction that is left
         out, read_in = _OUT(self._port_out), _IN(self._port_in)
         guarded_out, guarded_in = _OUT(self._guarded_out), _IN(self._guarded_in)
@@ -114,6 +122,10 @@ class SoftwareCpu:
             hook = native.port(_address(callback), _address(guarded), unicorn.hflags, unicorn.cpu)
             unicorn.hook(unicorn_const.UC_HOOK_INSN, hook, instruction=instruction)
         unicorn.hook(unicorn_const.UC_HOOK_INSN, _address(told), instruction=x86_const.UC_X86_INS_CPUID)   # OWN_CPUID
+        if checked:                                                        # UNBOUNDED
+            before = _CODE(self._before)
+            unicorn.keep(before)
+            unicorn.hook(unicorn_const.UC_HOOK_CODE, native.code(_address(before), unicorn.cpu))
         unicorn.intercept(MSRS_PRESENT)                                    # UNCHECKED
         self._map_holes(rom)
         self._kick_addresses = (native.asked_address + native.STOP, native.address + native.KICKED)
@@ -321,13 +333,40 @@ class SoftwareCpu:
             if not self._registers.may_use_ports():
                 self._delivery.check_port(port, size)
             return True
-        except PortFault as fault:
+        except Refused as fault:
             self._refused = fault
             # The instruction begins anew when it is left, and is stopped there.
             self._native.page[Native.LEAVE] = self._native.asked[Native.STOP] = 1
         except BaseException as error:  # as above
             self._keep_error(error)
         return False
+
+    def _before(self, _uc: int, linear: int, length: int, _user: int) -> None:
+        """In front of an instruction of a VM whose segments are checked."""
+        state = self._registers
+        if state.efer() & LMA:
+            return
+        try:
+            paged = state.control(0) >> 31
+            code = (read_linear(self._memory, paging_mode(state.get_state()), linear, length) if paged
+                    else self._memory[linear:linear + length])
+            if not code and self._rom is not None:
+                at = linear - FOUR_GIB + len(self._rom)
+                code = self._rom[at:at + length] if at >= 0 else b""
+            words, protection = self._unicorn.words, state.control(0)
+            found = decoded(code, 32 if state.raw_segment(CS)[3] >> 22 & 1 else 16)
+            vector = _INVALID_OPCODE if found.invalid else None
+            flags = words[17]
+            for access in found.accesses:
+                vector = vector or due(
+                    access, lambda index: words[index] & 0xFFFF_FFFF, state.raw_segment,
+                    protected=bool(protection & 1) and not flags & VM86,
+                    alignment=bool(protection & _ALIGNMENT_MASK and flags & _ALIGNMENT_CHECK) and state.cpl() == 3)
+            if vector is not None:
+                self._refused = Refused(vector, 0 if vector in _WITH_ERROR_CODE else None)
+                self._native.page[Native.LEAVE] = self._native.asked[Native.STOP] = 1
+        except BaseException as error:  # as above
+            self._keep_error(error)
 
     def _port_in(self, _uc: int, port: int, size: int, _user: int) -> int:
         self._exits[ExitKind.IO_IN] += 1
