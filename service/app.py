@@ -74,7 +74,7 @@ def worker_spec(vm: VmConfig, decision: ModeDecision, *, sandbox: bool) -> Worke
     """What the worker of this VM is told. Raises ServiceError for a guest that is not there."""
     common: dict[str, Any] = {
         "name": vm.name, "engine": decision.engine, "memory_bytes": vm.memory, "vcpus": vm.vcpus,
-        "sandbox": sandbox}
+        "check_accesses": vm.check_accesses, "sandbox": sandbox}
     boot = vm.boot
     if isinstance(boot, DiskBoot):
         return WorkerSpec(**common, boot="disk")

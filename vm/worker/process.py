@@ -132,7 +132,8 @@ class Worker:
     def _make_cpus(self, rom: mmap.mmap | None) -> Sequence[Cpu]:
         spec, status = self._spec, self._status
         if spec.vcpus == 1:
-            return [engines.create(spec.engine, self._raw, self.machine, status.exits, rom)]
+            return [engines.create(spec.engine, self._raw, self.machine, status.exits, rom,
+                                   checked=spec.check_accesses)]
         if spec.vcpus > VCPUS_MAX:
             raise StartFailed("engine", f"a micro-VM has at most {VCPUS_MAX} vCPUs, not {spec.vcpus}")
         self.processors = Processors(self.machine)
@@ -169,7 +170,8 @@ class Worker:
 
         def make() -> Cpu:
             device = self._control.descriptor() if engine == "kvm" else None
-            return engines.create(engine, self._raw, self.machine, self._status.exits, self._rom, device)
+            return engines.create(engine, self._raw, self.machine, self._status.exits, self._rom, device,
+                                  checked=self._spec.check_accesses)
 
         gc.disable()           # to collect engines that were left takes milliseconds: not while the guest stands still
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -302,3 +303,19 @@ def test_workers_run_when_forked_from_a_process_that_has_warmed_up(start, engine
     process.warm()
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "forking with threads is unsafe"
     assert start(engine, EXIT_42).event("ended")["exit_code"] == 42
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_write_to_a_read_only_segment_is_seen_where_the_vm_asks_for_it(start, checked):
+    # 32 bits: its own GDT, whose second data segment is read-only; mov ds, 18h; mov [20000h], al; then port F4h: 0.
+    # Vector 13's gate leads to `mov al, 7; out F4h, al`.
+    gdt = struct.pack("<4Q", 0, 0xCF9B000000FFFF, 0xCF93000000FFFF, 0xCF91000000FFFF)
+    code = bytes.fromhex("0f0115 00010100 0f011d 10010100 66b81800 8ed8 a200000200 b000 e6f4 ebfe").ljust(0x80, b"\x90")
+    handler = bytes.fromhex("b007 e6f4 ebfe").ljust(0x80, b"\x90")
+    tables = struct.pack("<HI10xHI", 31, 0x10200, 0x7F, 0x10300).ljust(0x100, b"\0")
+    gate = struct.pack("<HHBBH", 0x0080, 8, 0, 0x8E, 1)
+    image = code + handler + tables + gdt.ljust(0x100, b"\0") + bytes(13 * 8) + gate
+    worker = start("software", image, bits=32, check_accesses=checked)
+    ended = worker.event("ended")
+    assert ended["code"] == "exit-port"
+    assert ended["exit_code"] == (7 if checked else 0)

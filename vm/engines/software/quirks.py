@@ -55,10 +55,13 @@ FULL_STACK     A new instance has every x87 register in use (QEMU does not look,
                be written: the engine begins with FNINIT's state and writes the FPU's fields in place, the control
                words by the API (which also sets the rounding that follows from them).
 
-Not repaired (the guest sees a difference from a PC): the limits and types of segments are checked when they are
-loaded and in far jumps, not at each access; LOCK before an instruction that takes none of the common ones (MOV, for
-instance) is ignored; alignment (SSE's, and AC) is not checked; data breakpoints and DR7's general detection never
-happen; an x87 error without CR0.NE is not told as IRQ 13; the A20 line is always on, as it is on the kvm engine.
+UNBOUNDED      The limits and types of segments are checked when they are loaded and in far jumps, not at each access;
+               LOCK before an instruction that takes none of the common ones (MOV, for instance) is ignored; alignment
+               (SSE's, and AC) is not checked. For a VM that asks for it (`check_accesses`), a hook in front of each
+               instruction does all three: `segments.py`.
+
+Not repaired (the guest sees a difference from a PC): data breakpoints and DR7's general detection never happen; an x87
+error without CR0.NE is not told as IRQ 13; the A20 line is always on, as it is on the kvm engine.
 
 Invariant: one instance belongs to one thread; a second thread on it aborts the process.
 """

@@ -89,7 +89,7 @@ def _decoder(bits: int) -> capstone.Cs:
     return decoder
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=8192)
 def decoded(code: bytes, bits: int) -> Decoded:
     """What the instruction at the start of *code* accesses in 16 or 32-bit code, in the order of the manual."""
     found = next(_decoder(bits).disasm(code, 0, 1), None)
