@@ -132,7 +132,7 @@ def deadline() -> Iterator[None]:
         signal.signal(number, previous if number == signal.SIGALRM else signal.SIG_DFL)
 
 
-@pytest.fixture(params=[KVM, "software", "fake"])
+@pytest.fixture(params=[KVM, "software", "checked", "fake"])
 def engine(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -41,6 +41,7 @@ from .state import LMA, VM86, Registers
 
 __all__ = ["SoftwareCpu", "create"]
 
+LENGTH_MAX: Final = 15                 # of an instruction
 PHYSICAL_END: Final = 1 << 52
 FOUR_GIB: Final = 1 << 32
 _WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17))
@@ -347,6 +348,7 @@ class SoftwareCpu:
         if state.efer() & LMA:
             return
         try:
+            length = min(length, LENGTH_MAX)         # of what is no instruction Unicorn tells any
             paged = state.control(0) >> 31
             code = (read_linear(self._memory, paging_mode(state.get_state()), linear, length) if paged
                     else self._memory[linear:linear + length])
