@@ -327,7 +327,8 @@ def deadline():
 
 @pytest.fixture
 def live(tmp_path, monkeypatch) -> Callable[..., Seen]:
-    monkeypatch.setitem(engines.ENGINES, "fake", lambda memory, bus, exits, *_more: fake.create(memory, bus, exits))
+    monkeypatch.setitem(engines.ENGINES, "fake",
+                        lambda memory, bus, exits, *_more, **_options: fake.create(memory, bus, exits))
 
     def run(engine: str, code: bytes, *, typed: bytes = b"", keys: tuple[tuple[int, int], ...] = ()) -> Seen:
         kick.install()

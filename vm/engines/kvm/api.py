@@ -14,8 +14,10 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
 from typing import Final
 
+from .. import kick
 from ..base import HostLimit
 from . import abi
 
@@ -78,7 +80,12 @@ class Kvm:
         return _call(self.fd, "KVM_CHECK_EXTENSION", capability)
 
     def create_vm(self) -> Vm:
-        return Vm(_call(self.fd, "KVM_CREATE_VM"))
+        # It waits for a kernel thread, and a signal makes it begin anew: a fast timer's would keep it from ever ending.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, kick.SIGNALS)
+        try:
+            return Vm(_call(self.fd, "KVM_CREATE_VM"))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run_size(self) -> int:
         """Bytes of a vCPU's shared mapping."""
