@@ -1,7 +1,8 @@
 """The engines alone: guest work and exits per CPU-second, in this process, without service or scheduler.
 
-`alu` counts computation in ring 3, `portio` (batch 1) exits through the Python machine model, both per second of the
-CPU time that the thread used. Engines alternate (ABBA...). Every figure is the median of the rounds.
+The built-in guests (what each counts: vm/guests), `portio` with a batch of 1 and so counting exits through the
+Python machine model, per second of the CPU time that the thread used; `checked` is the software engine with
+check_accesses. Engines alternate (ABBA...). Every figure is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .common import median, options, report, table
 
 MEMORY_BYTES = 4 << 20
 KICK_S = 0.02
-PORTIO = {"batch": 1}
+GUESTS: dict[str, dict[str, int]] = {
+    "alu": {}, "randmem": {"working_set": 256 << 10}, "portio": {"batch": 1}, "rings": {}}
 
 
 def rate(engine: str, guest_name: str, parameters: dict[str, int], seconds: float) -> float:
@@ -34,7 +36,8 @@ def rate(engine: str, guest_name: str, parameters: dict[str, int], seconds: floa
     for address, value in guests.pokes(guest_name, parameters):
         memory[address:address + 8] = value.to_bytes(8, "little")
     machine = Machine(GuestMemory(memory), HostClock(), lambda _name, _n: None)
-    cpu = engines.create(engine, memory, machine, memoryview(bytearray(8 * len(ExitKind))).cast("Q"))
+    cpu = engines.create("software" if engine == "checked" else engine, memory, machine,
+                         memoryview(bytearray(8 * len(ExitKind))).cast("Q"), checked=engine == "checked")
     machine.attach(cpu)
     cpu.set_state(entry.flat_state(memory, guest.bits, guest.entry))
     assert guest.progress is not None
@@ -62,15 +65,14 @@ def rate(engine: str, guest_name: str, parameters: dict[str, int], seconds: floa
 def main() -> None:
     chosen = options(__doc__ or "", seconds=2.0, rounds=3)
     kick.install()
-    names = ["software", "kvm"] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["software"]
-    figures: dict[str, dict[str, list[float]]] = {name: {"alu": [], "portio": []} for name in names}
+    names = ["software", "kvm", "checked"] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["software", "checked"]
+    figures: dict[str, dict[str, list[float]]] = {name: {guest: [] for guest in GUESTS} for name in names}
     for number in range(chosen.rounds):
         for name in names if number % 2 == 0 else reversed(names):
-            figures[name]["alu"].append(rate(name, "alu", {}, chosen.seconds))
-            figures[name]["portio"].append(rate(name, "portio", PORTIO, chosen.seconds))
-    table(f"Work per CPU-second, median of {chosen.rounds}", ("engine", "alu counts", "portio exits"),
-          [(name, f"{median(each['alu']):,.0f}", f"{median(each['portio']):,.0f}")
-           for name, each in figures.items()])
+            for guest, parameters in GUESTS.items():
+                figures[name][guest].append(rate(name, guest, parameters, chosen.seconds))
+    table(f"Work per CPU-second, median of {chosen.rounds}", ("engine", *GUESTS),
+          [(name, *(f"{median(each[guest]):,.0f}" for guest in GUESTS)) for name, each in figures.items()])
     report("engines", {"work_per_cpu_second": figures}, chosen.json)
 
 

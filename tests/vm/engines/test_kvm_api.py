@@ -6,10 +6,12 @@ import errno
 import mmap
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
+from mixvisor.vm.engines import kick
 from mixvisor.vm.engines.base import EngineError, ExitReason, HostLimit
 from mixvisor.vm.engines.entry import flat_state
 from mixvisor.vm.engines.kvm import api
@@ -60,3 +62,20 @@ def test_an_instruction_that_this_hosts_kvm_cannot_run_is_named_as_the_hosts_lim
         assert result.reason is ExitReason.HOST_LIMIT
         assert "popcnt rax, rbx" in result.detail
         assert "64-bit long mode, ring 0" in result.detail
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(KVM_MISSING is not None, reason=str(KVM_MISSING))
+def test_no_kick_makes_the_creation_of_a_vm_begin_anew(monkeypatch):
+    before, seen, call = signal.pthread_sigmask(signal.SIG_BLOCK, ()), [], api._call
+
+    def watched(fd, name, *argument):
+        seen.append((name, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+        return call(fd, name, *argument)
+
+    kvm = api.Kvm()
+    monkeypatch.setattr(api, "_call", watched)
+    kvm.create_vm().close()
+    assert [(name, mask >= set(kick.SIGNALS)) for name, mask in seen] == [("KVM_CREATE_VM", True)]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    kvm.close()
