@@ -289,23 +289,18 @@ class Native:
             + b"\x48\xB8" + struct.pack("<Q", python)                 # mov rax, python
             + bytes.fromhex("740A")                                   # jz  call
             + b"\x48\xB8" + struct.pack("<Q", guarded)                # mov rax, guarded
-            + bytes.fromhex("FFD0")                                   # call: call rax
-            + b"\x48\xB9" + struct.pack("<Q", self.address)           # mov rcx, page
-            + bytes.fromhex("80790200"                                # cmp byte [rcx+2], 0
-                            "7505"                                    # jne leave
-                            "4883C408"                                # add rsp, 8
-                            "C3")                                     # ret
-            + b"\x48\xBF" + struct.pack("<Q", cpu)                    # leave: mov rdi, cpu
-            + b"\x48\xB8" + struct.pack("<Q", _symbol("cpu_loop_exit_x86_64"))
-            + bytes.fromhex("FFD0"))                                  # call rax: does not return
-
+            + self._call_and_leave(cpu))
 
     def code(self, python: int, cpu: int) -> int:
         """A hook in front of an instruction: call *python*; when byte 2 is then set, leave as `port` does."""
         return self._make(
             bytes.fromhex("4883EC08")                                 # sub rsp, 8
             + b"\x48\xB8" + struct.pack("<Q", python)                 # mov rax, python
-            + bytes.fromhex("FFD0")                                   # call rax
+            + self._call_and_leave(cpu))
+
+    def _call_and_leave(self, cpu: int) -> bytes:
+        return (
+            bytes.fromhex("FFD0")                                     # call: call rax
             + b"\x48\xB9" + struct.pack("<Q", self.address)           # mov rcx, page
             + bytes.fromhex("80790200"                                # cmp byte [rcx+2], 0
                             "7505"                                    # jne leave
