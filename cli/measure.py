@@ -382,12 +382,12 @@ def _guests(vms: Sequence[Mapping[str, Any]]) -> str:
 
 def _read(source: Path) -> Recording:
     from ..metrics.mixing.slices import DataError, read
-    from ..service.backend import Unusable
+    from ..service.backend import ServiceError
 
     try:
         return read(source)
     except DataError as error:
-        raise Unusable(str(error)) from error
+        raise ServiceError(str(error)) from error
 
 
 def _view(wish: Wish) -> Any:

@@ -56,7 +56,7 @@ def test_kept_slices_are_analysed_for_programs_too_and_a_plot_is_drawn_where_ask
     (("--vms", "sw-one,sw-two,hw-two,dos"), 4, "dos do not run"),
     (("--vms", "sw-one,sw-two,hw-two,hw-four", "--guest", "alu"), 2, "--guest are about built-in guests"),
     (("--vms", "sw-one,sw-two,hw-two,hw-four"), 6, "may not be measured"),
-    (("--from", "nowhere.csv.gz"), 2, "nowhere.csv.gz: cannot be read"),
+    (("--from", "nowhere.csv.gz"), 1, "nowhere.csv.gz: cannot be read"),
     (("--from", "x", "--seconds", "9"), 2, "--seconds say nothing beside it"),
     (("--precision", "0"), 2, "not a percentage"),
     (("--precision", "20%"), 2, "up to 10"),
