@@ -24,14 +24,14 @@ __all__ = ["ENGINES", "create", "create_several", "get_all", "prepare", "set_all
 
 
 def _kvm(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
-         device: int | None = None, *, checked: bool = False) -> Cpu:
+         device: int | None = None, *, checked: bool = True) -> Cpu:
     del checked                             # the processor does
     from .kvm.engine import create
     return create(memory, bus, exits, device, rom)
 
 
 def _software(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
-              device: int | None = None, *, checked: bool = False) -> Cpu:
+              device: int | None = None, *, checked: bool = True) -> Cpu:
     try:
         from .software.engine import create
     except ImportError as error:
@@ -59,8 +59,10 @@ def prepare() -> None:
         what_kvm_is()
     with contextlib.suppress(EngineError, ImportError):
         importlib.import_module(".software.engine", __name__)
+        from .software.checks import program
         from .software.quirks import found_layout, installed_version
         installed_version()
+        program()
         found_layout()
     cpuid.vendor()
     read_tsc()
@@ -87,11 +89,11 @@ def set_all(first: Cpu, others: Sequence[Cpu], data: Any, technology: str) -> No
 
 
 def create(name: str, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None,
-           device: int | None = None, *, checked: bool = False) -> Cpu:
+           device: int | None = None, *, checked: bool = True) -> Cpu:
     """A vCPU of the engine *name*. See `base.Cpu` for the arguments.
 
     *device*: /dev/kvm for the engine `kvm` where the caller may not open it; it is closed by this.
-    *checked*: the software engine checks each access as a processor does (segments.py).
+    *checked*: the software engine checks accesses as a processor does (checks.py).
     """
     if name not in ENGINES:
         raise EngineError(f"no engine {name!r}: there are {', '.join(ENGINES)}")

@@ -98,7 +98,7 @@ class WorkerSpec:
     command_line: str = ""                    # multiboot: the name of the kernel first
     modules: list[str] = field(default_factory=list)   # multiboot: the command line of each
     pokes: list[tuple[int, int]] = field(default_factory=list)  # (address, u64) before start
-    check_accesses: bool = False              # software: as a processor does (vm/engines/software/segments.py)
+    check_accesses: bool = True               # software: as a processor does (vm/engines/software/checks.py)
     sandbox: bool = True                      # nobody, namespaces, seccomp as far as permitted
     started_paused: bool = False
     restored: bool = False

@@ -23,7 +23,7 @@ MEMORY = 1 << 20
 ORIGIN = 0x7C00
 DEADLINE_SECONDS = 20
 
-CREATE = {**ENGINES, "fake": fake.create, "checked": functools.partial(ENGINES["software"], checked=True)}
+CREATE = {**ENGINES, "fake": fake.create, "unchecked": functools.partial(ENGINES["software"], checked=False)}
 
 
 def _kvm_missing() -> str | None:
@@ -132,7 +132,7 @@ def deadline() -> Iterator[None]:
         signal.signal(number, previous if number == signal.SIGALRM else signal.SIG_DFL)
 
 
-@pytest.fixture(params=[KVM, "software", "checked", "fake"])
+@pytest.fixture(params=[KVM, "software", "unchecked", "fake"])
 def engine(request: pytest.FixtureRequest) -> str:
     return request.param
 

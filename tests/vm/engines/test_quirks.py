@@ -361,7 +361,7 @@ ELSEWHERE = {
     "RING_LOCK": "test_hidden_flags_follow_from_the_state_as_unicorn_itself",
     "NO_SYSCALL": "test_syscall_enters_ring_0",
     "OWN_CPUID": "cpuid", "FULL_STACK": "fpu", "NO_RF": "test_a_program_does_as_the_manual_says",
-    "UNBOUNDED": "def test_what_is_let_pass_else_faults_where_every_access_is_checked",
+    "UNBOUNDED": "def test_what_is_let_pass_where_accesses_are_not_checked",
 }
 
 

@@ -14,7 +14,7 @@ a fault on the way leaves the state of the interrupted instruction.  All of gues
 hostile: every read and write is bounded.
 
 Poor: task gates end the guest as unsupported; frames written over code that was translated
-before do not refresh it; segment limits are checked for tables, not for stacks.
+before do not refresh it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _CS, _SS, _DS, _ES, _FS, _GS = (SEGMENTS[name] for name in ("cs", "ss", "ds", "e
 _DATA_SELECTORS: Final = (_GS, _FS, _DS, _ES)
 _CR2: Final = 2
 _BITMAP_POINTER: Final = 0x66        # in a 32 or 64-bit TSS
+_CODE, _DOWN, _BIG = 1 << 11, 1 << 10, 1 << 22       # of a segment's flags
 _WIDTH_FORMATS: Final = {2: "<H", 4: "<I", 8: "<Q"}
 
 
@@ -223,10 +224,12 @@ class Delivery:
         at = table + vector * 4
         target, selector = struct.unpack("<HH", memory[at:at + 4].ljust(4, b"\xFF"))
         flags = self._flags()
-        cs = registers.raw_segment(_CS)
-        stack = registers.raw_segment(_SS)[1]
-        pointer = words[4]
+        cs, ss = registers.raw_segment(_CS), registers.raw_segment(_SS)
+        stack, pointer = ss[1], words[4]
         low = pointer & 0xFFFF
+        # Of a whole 64 KiB only the last byte is no place for a word.
+        if (low & 1 or ss[2] != 0xFFFF) and not all(_within(ss, (low - at) & 0xFFFF, 2) for at in (2, 4, 6)):
+            raise _Fault(_STACK)
         for value in (flags, cs[0], words[16]):
             low = (low - 2) & 0xFFFF
             if stack + low + 2 <= len(memory):              # writes beyond memory are ignored
@@ -289,9 +292,11 @@ class Delivery:
             raise _Fault(_PROTECTION, selector & ~3 | external)
         old_ss, old_cs = registers.raw_segment(_SS), registers.raw_segment(_CS)
         frame: list[int] = []
+        stack_code = external
         if ring < registers.cpl():
             pointer, ss_selector = self._ring_stack(ring)
             ss = self._stack_segment(ss_selector, ring, external)
+            stack_code |= ss_selector & ~3
             if virtual:
                 frame += [registers.raw_segment(index)[0] for index in _DATA_SELECTORS]
             frame += [old_ss[0], words[4]]
@@ -305,7 +310,13 @@ class Delivery:
         data = b"".join(
             struct.pack(_WIDTH_FORMATS[width], value & mask_value) for value in reversed(frame))
         new = (pointer & ~mask & 0xFFFF_FFFF) | ((pointer - len(data)) & mask)
-        pieces = self._pieces(ss[1] + (new & mask), len(data), write=True, user=ring == 3)
+        if not all(_within(ss, (new + at) & mask, width) for at in range(0, len(data), width)):
+            raise _Fault(_STACK, stack_code)
+        # A stack that is empty, or nearly so, goes on at its other end.
+        before_end = min(len(data), mask + 1 - (new & mask))
+        pieces = self._pieces(ss[1] + (new & mask), before_end, write=True, user=ring == 3)
+        if before_end < len(data):
+            pieces += self._pieces(ss[1], len(data) - before_end, write=True, user=ring == 3)
         self._write(pieces, data)
         words[4] = new
         if ring < registers.cpl():
@@ -425,6 +436,15 @@ class Delivery:
         self._set_flags(flags & keep & ~_RF)
         words[16] = target
         registers.sync()
+
+
+def _within(segment: tuple[int, int, int, int], offset: int, size: int) -> bool:
+    """Whether these bytes are inside a data segment's limit."""
+    _, _, limit, flags = segment
+    last = offset + size - 1
+    if flags & (_CODE | _DOWN) == _DOWN:
+        return offset > limit and last <= (0xFFFF_FFFF if flags & _BIG else 0xFFFF)
+    return last <= limit or limit == 0xFFFF_FFFF
 
 
 def _base_limit(low: int, high: int) -> tuple[int, int]:

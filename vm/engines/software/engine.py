@@ -31,13 +31,14 @@ from unicorn import unicorn_const, x86_const
 from ...code import decode
 from .. import cpuid, kick
 from ..base import Bus, CpuState, EngineError, Event, Exit, ExitKind, ExitReason, Watch, WholeState, nobody
-from ..paging import PagingMode, paging_mode, read_linear
+from ..paging import paging_mode, read_linear
 from ..tsc import read_tsc
+from .checks import Word
 from .delivery import Cause, Delivery, Refused, TripleFault, Unsupported
 from .privileged import MSRS_PRESENT, Privileged
 from .quirks import PREFIXES, SEGMENT_SIZE, Native, Unicorn
-from .segments import CS, decoded, due
-from .state import LMA, VM86, Registers
+from .segments import CS64, words
+from .state import Registers
 
 __all__ = ["SoftwareCpu", "create"]
 
@@ -46,7 +47,6 @@ PHYSICAL_END: Final = 1 << 52
 FOUR_GIB: Final = 1 << 32
 _WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17))
 _DEBUG, _INVALID_OPCODE, _PROTECTION = 1, 6, 13
-_ALIGNMENT_MASK, _ALIGNMENT_CHECK = 1 << 18, 1 << 18        # CR0.AM, EFLAGS.AC
 _INTERRUPT_FLAG: Final = 0x200
 _FETCH_ERRORS: Final = frozenset((
     unicorn_const.UC_ERR_FETCH_UNMAPPED, unicorn_const.UC_ERR_FETCH_PROT))
@@ -55,7 +55,6 @@ _OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ct
                         ctypes.c_void_p)
 _IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int,
                        ctypes.c_void_p)
-_CODE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 _CPUID = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
                          ctypes.c_void_p)
@@ -64,10 +63,10 @@ _WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint,
 
 
 def create(memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None, *,
-           checked: bool = False) -> SoftwareCpu:
+           checked: bool = True) -> SoftwareCpu:
     """A vCPU over *memory*. Raises EngineError when Unicorn is not the version it must be.
 
-    *checked*: limits and types of segments are checked at each access, at a hundredth of the speed (segments.py).
+    *checked*: limits and types of segments are checked at each access (checks.py).
     """
     return SoftwareCpu(memory, bus, exits, rom, checked=checked)
 
@@ -82,7 +81,7 @@ class SoftwareCpu:
     stops_at = "block"
 
     def __init__(self, memory: mmap.mmap, bus: Bus, exits: memoryview, rom: mmap.mmap | None = None, *,
-                 checked: bool = False) -> None:
+                 checked: bool = True) -> None:
         if len(memory) % mmap.PAGESIZE:
             raise EngineError(
                 f"memory of {len(memory)} bytes: the software engine takes whole pages")
@@ -124,9 +123,7 @@ class SoftwareCpu:
             unicorn.hook(unicorn_const.UC_HOOK_INSN, hook, instruction=instruction)
         unicorn.hook(unicorn_const.UC_HOOK_INSN, _address(told), instruction=x86_const.UC_X86_INS_CPUID)   # OWN_CPUID
         if checked:                                                        # UNBOUNDED
-            before = _CODE(self._before)
-            unicorn.keep(before)
-            unicorn.hook(unicorn_const.UC_HOOK_CODE, native.code(_address(before), unicorn.cpu))
+            unicorn.checks.take(unicorn.cpu, self._checks)
         unicorn.intercept(MSRS_PRESENT)                                    # UNCHECKED
         self._map_holes(rom)
         self._kick_addresses = (native.asked_address + native.STOP, native.address + native.KICKED)
@@ -342,33 +339,15 @@ class SoftwareCpu:
             self._keep_error(error)
         return False
 
-    def _before(self, _uc: int, linear: int, length: int, _user: int) -> None:
-        """In front of an instruction of a VM whose segments are checked."""
-        state = self._registers
-        if state.efer() & LMA:
-            return
+    def _checks(self, linear: int, flags: int) -> list[Word]:
+        """What is to be checked in front of an instruction that is being translated."""
         try:
-            length = min(length, LENGTH_MAX)         # of what is no instruction Unicorn tells any
-            paged = state.control(0) >> 31
-            code = (read_linear(self._memory, paging_mode(state.get_state()), linear, length) if paged
-                    else self._memory[linear:linear + length])
-            if not code and self._rom is not None:
-                at = linear - FOUR_GIB + len(self._rom)
-                code = self._rom[at:at + length] if at >= 0 else b""
-            words, protection = self._unicorn.words, state.control(0)
-            found = decoded(code, 32 if state.raw_segment(CS)[3] >> 22 & 1 else 16)
-            vector = _INVALID_OPCODE if found.invalid else None
-            flags = words[17]
-            for access in found.accesses:
-                vector = vector or due(
-                    access, lambda index: words[index] & 0xFFFF_FFFF, state.raw_segment,
-                    protected=bool(protection & 1) and not flags & VM86,
-                    alignment=bool(protection & _ALIGNMENT_MASK and flags & _ALIGNMENT_CHECK) and state.cpl() == 3)
-            if vector is not None:
-                self._refused = Refused(vector, 0 if vector in _WITH_ERROR_CODE else None)
-                self._native.page[Native.LEAVE] = self._native.asked[Native.STOP] = 1
+            # A page and no more: what lies behind may not be there, and is not read where the instruction ends before.
+            code = self._code_at(linear)
+            return words(code, flags, linear if flags & CS64 else linear - self._registers.base("cs") & 0xFFFF_FFFF)
         except BaseException as error:  # as above
             self._keep_error(error)
+            return []
 
     def _port_in(self, _uc: int, port: int, size: int, _user: int) -> int:
         self._exits[ExitKind.IO_IN] += 1
@@ -419,9 +398,16 @@ class SoftwareCpu:
     def _code_here(self) -> bytes:
         state = self._registers
         base = 0 if state.in_64_bit_code() else state.base("cs")
-        mode = paging_mode(state.get_state()) if state.control(0) >> 31 else PagingMode(
-            paging=False, pae=False, long=False, large=False, protect=False, root=0)
-        return read_linear(self._memory, mode, base + self._unicorn.words[16], 15)
+        return self._code_at(base + self._unicorn.words[16])
+
+    def _code_at(self, linear: int) -> bytes:
+        state = self._registers
+        if state.control(0) >> 31:
+            return read_linear(self._memory, paging_mode(state.get_state()), linear, LENGTH_MAX)
+        code = self._memory[linear:linear + LENGTH_MAX]
+        if not code and self._rom is not None and (at := linear - FOUR_GIB + len(self._rom)) >= 0:
+            return self._rom[at:at + LENGTH_MAX]
+        return code
 
     def _plain_length(self) -> int | None:
         """Length of the IN or OUT at RIP, None when it is a string instruction."""
@@ -504,4 +490,5 @@ class SoftwareCpu:
         for address in self._kick_addresses:
             kick.unregister(address)
         self._native.close()
+        self._unicorn.checks.drop(self._unicorn.cpu)
         self._unicorn.close()

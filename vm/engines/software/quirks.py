@@ -85,6 +85,7 @@ from unicorn.unicorn_py3 import unicorn as binding
 from .. import kick
 from ..base import EngineError
 from .blocks import ASKED, Blocks
+from .checks import Checks
 from .stores import Stores
 
 __all__ = ["Layout", "Native", "Unicorn", "found_layout", "installed_version", "listed"]
@@ -159,6 +160,11 @@ def _blocks(handle_to_cpu: int) -> Blocks:
 
 
 @functools.cache
+def _checks() -> Checks:
+    return Checks(_symbol)
+
+
+@functools.cache
 def installed_version() -> str:
     # Once: a worker behind its sandbox, where it may want this engine, reads no files.
     return importlib.metadata.version("unicorn")
@@ -188,7 +194,8 @@ def _check(status: int, what: str) -> None:
 class Native:
     """Hooks in machine code and the bytes they share with the engine.
 
-    `asked`: byte 0 stop wanted (set by kicks), byte 1 an interrupt wants in: what every block tests.
+    `asked`: byte 0 stop wanted (set by kicks), byte 1 an interrupt wants in, byte 2 a segment was loaded: what every
+    block tests.
     The page: byte 2 leave at this port access, byte 3 a kick; u32 at 4 the vector that was raised, or NONE; byte 8 a
     block hook has stopped.
     """
@@ -244,13 +251,26 @@ class Native:
             + bytes.fromhex("F60108"                                  # test byte [rcx], 8
                             "7401"                                    # jz  stop
                             "C3"))                                    # out: ret
-        return self._make(
-            (unicorn.blocks.prologue() if unicorn.blocks is not None else b"")
-            + b"\x48\xB8" + struct.pack("<Q", self.asked_address)     # mov rax, asked
+        asked = b"\x48\xB8" + struct.pack("<Q", self.asked_address)   # mov rax, asked
+        loaded = (
+            b"\x48\xBF" + struct.pack("<Q", unicorn.env)              # mov rdi, env
+            + b"\x48\xB8" + struct.pack("<Q", unicorn.checks.classify)
+            + bytes.fromhex("FFD0"                                    # call rax
+                            "85C0"                                    # test eax, eax: other blocks than this one
+                            "75") + bytes([len(asked) + 7 + 5 + len(wanted)])     # jne stop
+            + asked
             + bytes.fromhex("66833800"                                # cmp word [rax], 0
                             "7501"                                    # jne some
-                            "C3"                                      # ret
-                            "803800"                                  # some: cmp byte [rax], 0
+                            "C3"))
+        return self._make(
+            (unicorn.blocks.prologue() if unicorn.blocks is not None else b"")
+            + asked
+            + bytes.fromhex("83380074")                               # cmp dword [rax], 0; je ret
+            + bytes([4 + 2 + len(loaded) - 1])
+            + bytes.fromhex("80780200"                                # cmp byte [rax+2], 0
+                            "74") + bytes([len(loaded)])              # je  some
+            + loaded
+            + bytes.fromhex("803800"                                  # some: cmp byte [rax], 0
                             "75") + bytes([len(wanted)])              # jne stop
             + wanted + stop)
 
@@ -291,13 +311,6 @@ class Native:
             + b"\x48\xB8" + struct.pack("<Q", guarded)                # mov rax, guarded
             + self._call_and_leave(cpu))
 
-    def code(self, python: int, cpu: int) -> int:
-        """A hook in front of an instruction: call *python*; when byte 2 is then set, leave as `port` does."""
-        return self._make(
-            bytes.fromhex("4883EC08")                                 # sub rsp, 8
-            + b"\x48\xB8" + struct.pack("<Q", python)                 # mov rax, python
-            + self._call_and_leave(cpu))
-
     def _call_and_leave(self, cpu: int) -> bytes:
         return (
             bytes.fromhex("FFD0")                                     # call: call rax
@@ -333,6 +346,7 @@ class Unicorn:
         _stores(layout.handle_to_cpu).memory_of(base, len(memory))    # SLOW_STORES
         blocks = _blocks(layout.handle_to_cpu)
         self.blocks = blocks if blocks.take(self.handle.value, self.env) else None     # SLOW_BLOCKS
+        self.checks = _checks()                                       # UNBOUNDED
         self._keep: list[Any] = []
         self._flags = ctypes.c_uint64()
         self._flags_reference = ctypes.byref(self._flags)

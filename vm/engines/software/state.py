@@ -19,6 +19,7 @@ from typing import Final
 from ..base import MSRS, CpuState, DescriptorTable, Fpu, Segment, WholeState
 from ..portable import canonical
 from ..tsc import read_tsc
+from .checks import NOT_FLAT, NOT_LOW, tightness
 from .quirks import SEGMENT_SIZE, XMM_SIZE, Unicorn
 
 __all__ = ["SEGMENTS", "Registers", "descriptor_flags", "segment_of"]
@@ -39,7 +40,7 @@ _HF_OSFXSR = 1 << 22
 _HF_INHIBIT = 1 << 3                      # no interrupt before the next instruction is done
 _HF_MP_EM_TS = 7 << 9                     # CR0's bits 1, 2, 3 moved up by 8
 _COMPUTED = (_HF_CPL | _HF_CS32 | _HF_SS32 | _HF_ADDSEG | _HF_PE | _HF_TF | _HF_IOPL | _HF_LMA
-             | _HF_CS64 | _HF_VM | _HF_OSFXSR | _HF_MP_EM_TS)
+             | _HF_CS64 | _HF_VM | _HF_OSFXSR | _HF_MP_EM_TS | NOT_FLAT | NOT_LOW)
 
 
 def descriptor_flags(segment: Segment) -> int:
@@ -152,6 +153,7 @@ class Registers:
             plain = protected and not eflags & VM86 and hidden & _HF_CS32
             if not plain or self.base("ds") | self.base("es") | ss_base:
                 hidden |= _HF_ADDSEG
+        hidden |= tightness([self.raw_segment(index) for index in range(4)])
         self._hidden.value = hidden
 
     # -- all of it ---------------------------------------------------------------------------

@@ -107,14 +107,14 @@ class Stores:
         return write_code(at, (b"\x48\xB8" + struct.pack("<Q", to) + b"\xFF\xE0").ljust(room, b"\xCC"))
 
 
-def write_code(at: int, code: bytes) -> bool:
-    """Overwrite code of the library that does not run now. False where the host forbids it."""
+def write_code(at: int, code: bytes, *, executable: bool = True) -> bool:
+    """Overwrite code (or constants) of the library that does not run now. False where the host forbids it."""
     first = at & -_PAGE
     length = (at + len(code) + _PAGE - 1 & -_PAGE) - first
     if _libc.mprotect(first, length, _READ | _WRITE) != 0:
         return False
     ctypes.memmove(at, code, len(code))
-    return _libc.mprotect(first, length, _READ | _EXECUTE) == 0
+    return _libc.mprotect(first, length, _READ | (_EXECUTE if executable else 0)) == 0
 
 
 def _address(page: mmap.mmap) -> int:

@@ -1,0 +1,172 @@
+"""Checks at each access at full speed: UNBOUNDED of quirks.py.
+
+Theory.  QEMU's translator adds a segment's base and looks at nothing else.  Translated code is made anew for each
+state of the *hidden flags*, though, so what needs no check in a state need not be paid for in it.  Two flags that QEMU
+does not use say how tight the segments are, and so choose the code:
+
+NOT_FLAT    of CS, SS, DS and ES one does not reach over all 4 GiB, for reading and (but CS) writing
+NOT_LOW     one does not reach over its first 64 KiB so, or has not the type of plain data or code
+
+The translator's own function for one instruction is preceded by ours (`translate`, machine code). It looks at the first
+bytes: where there may be something to check in this state, Python (segments.py) says what, once for each translated
+instruction, and a call of `check` with two constants for each access is put in front of the instruction. In flat
+segments, as in long mode, that is LOCK, SSE's alignment, FS, GS and what loads a segment. `check` compares with the
+segment's cache, and raises the fault as the library's own helpers do, which find the instruction and its flags by the
+return address. After what loads a segment, the next block's hook has `classify` set the two flags; where they have
+changed, the engine looks the block up anew.
+
+Four places of the library are used, each only where its bytes are exactly those expected: the table of the translator's
+functions, `helper_svm_check_intercept_param` (a helper that takes two words and keeps the registers: it tells ours by
+bit 31), the loading of segment registers (`gen_movl_seg_T0`, which now always ends the block), and the block hook.
+Where they are others nothing is checked.
+
+The machine code is checks.asm, assembled as checks.bin; its constants are those of one version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import mmap
+import re
+import struct
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from .. import kick
+from .stores import write_code
+
+__all__ = ["NOT_FLAT", "NOT_LOW", "Checks", "Word", "program", "tightness"]
+
+NOT_FLAT, NOT_LOW = 1 << 28, 1 << 29
+_ENTRIES: Final = 12 * 8                 # behind the addresses in the header
+# push rbx; mov rbx, rdi; call disas_insn; mov edx, [rbx + tf]; test edx, edx; jne; mov rdx, [rbx];
+# test byte [rdx + 16], 8; je; mov dword [rbx + is_jmp], 1; mov [rbx + 16], rax; pop rbx; ret
+_TRANSLATE: Final = re.compile(rb"\x53\x48\x89\xFB\xE8.{4}" + re.escape(bytes.fromhex(
+    "8B9394000000 85D2 7509 488B13 F6421008 7414 C7431801000000 48894310 5B C3")), re.DOTALL)
+_TRANSLATE_PLACE: Final = 4              # of eight pointers
+# lea rdi, [rip + functions]; call translator_loop
+_FUNCTIONS: Final = bytes.fromhex("4C89D1 488D3D")
+_FUNCTIONS_AT: Final = 0x23              # in gen_intermediate_code
+# The translator's call of the helper: where it finds the contexts.
+_EMITS: Final = (bytes.fromhex("488B87F0010000 807F7C00 4C8BA800030000"), bytes.fromhex("498B95F0980000 488B35"))
+# mov rcx, [rsp]; jmp cpu_svm_check_intercept_param
+_HELPER: Final = bytes.fromhex("488B0C24 E9")
+# cmp r13d, SS; je end; mov eax, [rbx + code32]; test eax, eax; je no; cmp r13d, DS; jg no;
+# end: mov dword [rbx + is_jmp], 1
+_LOADS: Final = bytes.fromhex("4183FD02 740D 8B4354 85C0 7488 4183FD03 7F82 C7431801000000")
+_LOADS_JUMP: Final = 4
+_SEARCHED: Final = 0x40000               # bytes before gen_intermediate_code
+
+# A segment's flags.
+_PRESENT, _CODE, _DOWN, _RW = 1 << 15, 1 << 11, 1 << 10, 1 << 9
+
+_ASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32)
+Word = tuple[int, int]                   # of a check: what `check` is called with
+
+
+def _kinds() -> bytes:
+    """By opcode, and by the one behind 0F: what checks.asm names PREFIX to ANYWAY."""
+    prefix, rex, two, memory, implicit, aligned, anyway = range(1, 8)
+    one, more = bytearray(256), bytearray(256)
+    for first in range(0, 0x40, 8):                           # the eight of arithmetic
+        one[first:first + 4] = bytes([memory] * 4)
+    one[0x40:0x50] = bytes([rex] * 16)
+    one[0x50:0x60] = bytes([implicit] * 16)
+    for kind, places in (
+            (prefix, (0x26, 0x36, 0x3E, 0x66, 0x67, 0xF2, 0xF3)), (two, (0x0F,)),
+            (memory, (*range(0x80, 0x8C), 0x63, 0xC0, 0xC1, 0xC6, 0xC7, *range(0xD0, 0xD4), *range(0xD8, 0xE0), 0xF6,
+                      0xF7, 0xFE)),
+            (implicit, (0x06, 0x0E, 0x16, 0x1E, 0x60, 0x61, 0x62, 0x68, 0x6A, *range(0x6C, 0x70), 0x8F, 0x9C, 0x9D,
+                        *range(0xA0, 0xA8), *range(0xAA, 0xB0), 0xC2, 0xC3, 0xC8, 0xC9, 0xD7, 0xE8)),
+            # LOCK, CS, FS and GS; loads of segments, far jumps; indirect far jumps among others
+            (anyway, (0xF0, 0x2E, 0x64, 0x65, 0x07, 0x17, 0x1F, 0x8E, 0x9A, 0xC4, 0xC5, 0xCA, 0xCB, 0xCF, 0xEA, 0xFF))):
+        for place in places:
+            one[place] = kind
+    for place in (0x00, 0x01, 0x02, 0x03, 0x0D, *range(0x40, 0x50), *range(0x90, 0xA0), 0xA3, 0xA4, 0xA5, 0xAB, 0xAC,
+                  0xAD, 0xAF, 0xB0, 0xB1, 0xB3, 0xB6, 0xB7, 0xB8, *range(0xBA, 0xC2), 0xC3, 0xC7):
+        more[place] = memory
+    for place in (*range(0x10, 0x18), *range(0x28, 0x30), *range(0x50, 0x80), 0xAE, 0xC2, *range(0xC4, 0xC7),
+                  *range(0xD0, 0x100)):
+        more[place] = aligned
+    more[0xA0] = more[0xA8] = implicit
+    for place in (0x07, 0x35, 0x38, 0x3A, 0xA1, 0xA9, 0xB2, 0xB4, 0xB5):
+        more[place] = anyway
+    return bytes(one + more)
+
+
+def tightness(segments: Sequence[tuple[int, int, int, int]]) -> int:
+    """The two flags for (selector, base, limit, flags) of ES, CS, SS and DS. As `classify` in checks.asm."""
+    found = 0
+    for index, (_, _, limit, flags) in enumerate(segments):
+        looked_at = _PRESENT | _RW if index == 1 else _PRESENT | _CODE | _DOWN | _RW
+        if flags & looked_at != _PRESENT | _RW or limit < 0xFFFF:
+            return NOT_FLAT | NOT_LOW
+        if limit != 0xFFFF_FFFF:
+            found = NOT_FLAT
+    return found
+
+
+class Checks:
+    """`symbol` gives an exported function's address. One a process."""
+
+    def __init__(self, symbol: Callable[[str], int]) -> None:
+        self._instances: dict[int, Callable[[int, int], Sequence[Word]]] = {}
+        self._data = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._data[:512] = _kinds()
+        kinds = ctypes.addressof(ctypes.c_char.from_buffer(self._data))
+        self._ask = _ASK(self._asked)
+        self.classify = 0
+        self.on = self._patch(symbol, kinds)
+
+    def take(self, cpu: int, checks_of: Callable[[int, int], Sequence[Word]]) -> None:
+        """Have *checks_of* asked, with linear address and hidden flags, for instructions of this CPU object."""
+        self._instances[cpu] = checks_of
+
+    def drop(self, cpu: int) -> None:
+        self._instances.pop(cpu, None)
+
+    def _asked(self, cpu: int, linear: int, flags: int) -> int:
+        checks_of = self._instances.get(cpu)
+        if checks_of is None:
+            return 0
+        found = checks_of(linear, flags)
+        for number, (word, more) in enumerate(found):
+            struct.pack_into("<I4xQ", self._data, 512 + number * 16, word, more)
+        return len(found)
+
+    def _patch(self, symbol: Callable[[str], int], data: int) -> bool:
+        generator = symbol("gen_intermediate_code_x86_64")
+        helper = symbol("helper_svm_check_intercept_param_x86_64")
+        start = generator - _SEARCHED
+        code = ctypes.string_at(start, _SEARCHED + 64)
+        at = _SEARCHED + _FUNCTIONS_AT
+        if not code.startswith(_FUNCTIONS, at) or ctypes.string_at(helper, len(_HELPER)) != _HELPER:
+            return False
+        at += len(_FUNCTIONS)
+        functions = start + at + 4 + struct.unpack_from("<i", code, at)[0]
+        place = functions + 8 * _TRANSLATE_PLACE
+        following, = struct.unpack("<Q", ctypes.string_at(place, 8))
+        loads = [found.start() for found in re.finditer(re.escape(_LOADS), code)]
+        if (not start <= following < generator or _TRANSLATE.match(code, following - start) is None
+                or len(loads) != 1 or any(code.find(each) < 0 for each in _EMITS)):
+            return False
+        addresses = (
+            ctypes.cast(self._ask, ctypes.c_void_p).value or 0, data + 512, data, following,
+            *(symbol(f"{name}_x86_64") for name in ("cpu_ldub_code", "tcg_const_i32", "tcg_const_i64", "tcg_gen_callN",
+                                                   "tcg_temp_free_internal")),
+            helper, symbol("cpu_svm_check_intercept_param_x86_64"), symbol("raise_exception_err_ra_x86_64"))
+        assembled = program()
+        self._page, base = kick.executable(struct.pack("<12Q", *addresses) + assembled[_ENTRIES:])
+        translate, check, classify = (base + entry for entry in struct.unpack_from("<3H", assembled, _ENTRIES))
+        self.classify = classify
+        jump = b"\x48\xB8" + struct.pack("<Q", check) + b"\xFF\xE0"           # mov rax, check; jmp rax
+        return (write_code(start + loads[0] + _LOADS_JUMP, b"\xEB") and write_code(helper, jump)
+                and write_code(place, struct.pack("<Q", translate), executable=False))
+
+
+@functools.cache
+def program() -> bytes:
+    """The machine code, read once a process: behind its sandbox a worker reads no files."""
+    return importlib.resources.files(__package__ or "").joinpath("checks.bin").read_bytes()
