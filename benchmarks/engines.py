@@ -1,8 +1,8 @@
 """The engines alone: guest work and exits per CPU-second, in this process, without service or scheduler.
 
 The built-in guests (what each counts: vm/guests), `portio` with a batch of 1 and so counting exits through the
-Python machine model, per second of the CPU time that the thread used; `checked` is the software engine with
-check_accesses. Engines alternate (ABBA...). Every figure is the median of the rounds.
+Python machine model, per second of the CPU time that the thread used. Engines alternate (ABBA...). Every figure is the
+median of the rounds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def rate(engine: str, guest_name: str, parameters: dict[str, int], seconds: floa
     for address, value in guests.pokes(guest_name, parameters):
         memory[address:address + 8] = value.to_bytes(8, "little")
     machine = Machine(GuestMemory(memory), HostClock(), lambda _name, _n: None)
-    cpu = engines.create("software" if engine == "checked" else engine, memory, machine,
-                         memoryview(bytearray(8 * len(ExitKind))).cast("Q"), checked=engine == "checked")
+    cpu = engines.create(engine, memory, machine, memoryview(bytearray(8 * len(ExitKind))).cast("Q"))
     machine.attach(cpu)
     cpu.set_state(entry.flat_state(memory, guest.bits, guest.entry))
     assert guest.progress is not None
@@ -65,7 +64,7 @@ def rate(engine: str, guest_name: str, parameters: dict[str, int], seconds: floa
 def main() -> None:
     chosen = options(__doc__ or "", seconds=2.0, rounds=3)
     kick.install()
-    names = ["software", "kvm", "checked"] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["software", "checked"]
+    names = ["software", "kvm"] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["software"]
     figures: dict[str, dict[str, list[float]]] = {name: {guest: [] for guest in GUESTS} for name in names}
     for number in range(chosen.rounds):
         for name in names if number % 2 == 0 else reversed(names):

@@ -158,6 +158,18 @@ def test_64_bit_code_is_checked_for_alignment_and_lock(make, code, vector):
     assert machine.cpu.get_gpr()[RIP] - 1 - HANDLERS == vector
 
 
+def test_32_bit_code_ends_with_its_segment(make):
+    # Three NOPs and no more: #GP(0) at the fourth.
+    machine = built(make, "software", Case("", "", "90909090 f4", 0, 13, None))
+    state = machine.cpu.get_state()
+    state.cs.limit = CODE + 2
+    machine.cpu.set_state(state)
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    gpr = machine.cpu.get_gpr()
+    assert gpr[RIP] - 1 - HANDLERS == 13
+    assert struct.unpack_from("<2I", machine.memory, gpr[RSP]) == (0, CODE + 3)
+
+
 SMALL, FLAT = 0x0040_9206_0000_0FFF, 0x00CF_9200_0000_FFFF
 
 

@@ -214,14 +214,6 @@ def test_leaving_virtual_8086_mode_saves_and_clears_the_data_segments(machine):
     assert (after.ds.selector, after.es.selector, after.gpr[17] & 1 << 17) == (0, 0, 0)
 
 
-def test_a_task_gate_ends_the_guest_by_name(machine):
-    gate32(machine, 0x30, kind=5)
-    protected_mode(machine, "cd30")
-    result = machine.cpu.run()
-    assert result.reason is ExitReason.UNSUPPORTED
-    assert "task gate" in result.detail
-
-
 def test_syscall_enters_ring_0_at_lstar_and_sysret_comes_back(machine):
     # ring 0: STAR, LSTAR, FMASK by wrmsr; sysretq to ring 3; syscall; hlt at LSTAR
     program = (

@@ -9,7 +9,8 @@ bits 64
 org 0
 
 CPU_TO_ENV      equ 35408
-HIDDEN          equ 176                 ; in struct CPUX86State
+FLAGS           equ 136                 ; in struct CPUX86State
+HIDDEN          equ 176
 SEGMENTS        equ 184                 ; of 24 bytes: u32 selector, u64 base at 8, u32 limit at 16, u32 flags at 20
 CONTROL_0       equ 424
 DIRTY           equ -10                 ; a segment was loaded
@@ -29,6 +30,8 @@ CS64            equ 1 << 15
 AC              equ 1 << 18
 NOT_FLAT        equ 1 << 28
 NOT_LOW         equ 1 << 29
+CODE_NOT_FLAT   equ 1 << 30
+CODE_NOT_LOW    equ 1 << 31
 
 ; a segment's flags
 PRESENT         equ 1 << 15
@@ -49,10 +52,14 @@ WRITE           equ 1 << 24
 PROTECTED       equ 1 << 25
 LOW             equ 1 << 26             ; WORD_ADDRESS, in a segment that has its first 64 KiB
 NO_BASE         equ 1 << 27
+RETURNS         equ 1 << 28             ; IRET of protected mode
 MARK            equ 1 << 29
 RAISE           equ 1 << 30
 ; bit 31: a check. The second: 0 to 31 displacement, 32 to 39 base and 40 to 47 index (registers; -1: none), 48 to 55
 ; the index's shift, 56 to 59 register and 60 whether 4 bytes of a bit test
+
+NT              equ 1 << 14
+TASK_RETURN     equ 0x1F0               ; as in quirks.py
 
 ; kinds of opcodes, in Python's tables
 PREFIX          equ 1
@@ -101,9 +108,9 @@ translate:
     and r15d, AC
     jmp .next
 .segmented:
-    test r13d, NOT_LOW
-    jnz .ask
-    test r13d, NOT_FLAT
+    test r13d, r13d
+    js .ask                             ; CODE_NOT_LOW
+    test r13d, CODE_NOT_FLAT
     jz .next
     test r13d, CS32
     jnz .ask
@@ -225,7 +232,7 @@ check:
     mov rcx, [rsp]
     jmp [rel intercept]
 .ours:
-    test esi, MARK | RAISE
+    test esi, MARK | RAISE | RETURNS
     jnz .special
     mov r8, rdx
     shr r8, 32
@@ -386,6 +393,13 @@ check:
     lea rax, [rax + rcx * 4]
     jmp .mask
 .special:
+    test esi, RETURNS
+    jz .not_return
+    mov edx, TASK_RETURN
+    test dword [rdi + FLAGS], NT
+    jnz .raise
+    ret
+.not_return:
     test esi, MARK
     jz .at_once
     mov byte [rdi + DIRTY], 1
@@ -395,37 +409,32 @@ check:
     jmp .raise
 
 ; rdi: the CPU state. Returns whether the hidden flags have changed: blocks must be looked up anew.
-%macro tight 1
+%macro flat_or 4                        ; segment, what is looked at, flags of not flat, not flat and not low
     mov edx, [rdi + SEGMENTS + %1 * 24 + 20]
-%if %1 == 1
-    and edx, PRESENT | RW               ; code that can be read; data in virtual-8086 mode
-%else
-    and edx, PRESENT | CODE | DOWN | RW
-%endif
+    and edx, %2
     cmp edx, PRESENT | RW
-    jne .tight
+    jne %%tight
     mov edx, [rdi + SEGMENTS + %1 * 24 + 16]
     cmp edx, -1
     je %%flat
-    mov ecx, NOT_FLAT
+    or ecx, %3
     cmp edx, 0xFFFF
-    jb .tight
+    jae %%flat
+%%tight:
+    or ecx, %4
 %%flat:
 %endmacro
 classify:
     mov byte [rdi + DIRTY], 0
     xor ecx, ecx
-    tight 0
-    tight 1
-    tight 2
-    tight 3
-    jmp .known
-.tight:
-    mov ecx, NOT_FLAT | NOT_LOW
-.known:
+    flat_or 0, PRESENT | CODE | DOWN | RW, NOT_FLAT, NOT_FLAT | NOT_LOW
+    flat_or 2, PRESENT | CODE | DOWN | RW, NOT_FLAT, NOT_FLAT | NOT_LOW
+    flat_or 3, PRESENT | CODE | DOWN | RW, NOT_FLAT, NOT_FLAT | NOT_LOW
+    ; code that can be read; data in virtual-8086 mode
+    flat_or 1, PRESENT | RW, CODE_NOT_FLAT, CODE_NOT_FLAT | CODE_NOT_LOW
     mov edx, [rdi + HIDDEN]
     mov eax, edx
-    and edx, ~(NOT_FLAT | NOT_LOW)
+    and edx, ~(NOT_FLAT | NOT_LOW | CODE_NOT_FLAT | CODE_NOT_LOW) & 0xFFFFFFFF
     or edx, ecx
     mov [rdi + HIDDEN], edx
     xor eax, edx

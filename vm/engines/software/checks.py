@@ -1,18 +1,20 @@
 """Checks at each access at full speed: UNBOUNDED of quirks.py.
 
 Theory.  QEMU's translator adds a segment's base and looks at nothing else.  Translated code is made anew for each
-state of the *hidden flags*, though, so what needs no check in a state need not be paid for in it.  Two flags that QEMU
+state of the *hidden flags*, though, so what needs no check in a state need not be paid for in it.  Four flags that QEMU
 does not use say how tight the segments are, and so choose the code:
 
-NOT_FLAT    of CS, SS, DS and ES one does not reach over all 4 GiB, for reading and (but CS) writing
-NOT_LOW     one does not reach over its first 64 KiB so, or has not the type of plain data or code
+NOT_FLAT         of SS, DS and ES one does not reach over all 4 GiB
+NOT_LOW          one does not reach over its first 64 KiB, or is not plain data to read and write
+CODE_NOT_FLAT    CS does not reach over all 4 GiB
+CODE_NOT_LOW     it does not reach over its first 64 KiB, or cannot be read
 
 The translator's own function for one instruction is preceded by ours (`translate`, machine code). It looks at the first
 bytes: where there may be something to check in this state, Python (segments.py) says what, once for each translated
 instruction, and a call of `check` with two constants for each access is put in front of the instruction. In flat
 segments, as in long mode, that is LOCK, SSE's alignment, FS, GS and what loads a segment. `check` compares with the
 segment's cache, and raises the fault as the library's own helpers do, which find the instruction and its flags by the
-return address. After what loads a segment, the next block's hook has `classify` set the two flags; where they have
+return address. After what loads a segment, the next block's hook has `classify` set the four flags; where they have
 changed, the engine looks the block up anew.
 
 Four places of the library are used, each only where its bytes are exactly those expected: the table of the translator's
@@ -37,9 +39,10 @@ from typing import Final
 from .. import kick
 from .stores import write_code
 
-__all__ = ["NOT_FLAT", "NOT_LOW", "Checks", "Word", "program", "tightness"]
+__all__ = ["CODE_NOT_FLAT", "CODE_NOT_LOW", "NOT_FLAT", "NOT_LOW", "TIGHT", "Checks", "Word", "program", "tightness"]
 
-NOT_FLAT, NOT_LOW = 1 << 28, 1 << 29
+NOT_FLAT, NOT_LOW, CODE_NOT_FLAT, CODE_NOT_LOW = (1 << n for n in range(28, 32))
+TIGHT: Final = NOT_FLAT | NOT_LOW | CODE_NOT_FLAT | CODE_NOT_LOW
 _ENTRIES: Final = 12 * 8                 # behind the addresses in the header
 # push rbx; mov rbx, rdi; call disas_insn; mov edx, [rbx + tf]; test edx, edx; jne; mov rdx, [rbx];
 # test byte [rdx + 16], 8; je; mov dword [rbx + is_jmp], 1; mov [rbx + 16], rax; pop rbx; ret
@@ -97,14 +100,16 @@ def _kinds() -> bytes:
 
 
 def tightness(segments: Sequence[tuple[int, int, int, int]]) -> int:
-    """The two flags for (selector, base, limit, flags) of ES, CS, SS and DS. As `classify` in checks.asm."""
+    """The four flags for (selector, base, limit, flags) of ES, CS, SS and DS. As `classify` in checks.asm."""
     found = 0
     for index, (_, _, limit, flags) in enumerate(segments):
+        # Of CS: code that can be read, or data in virtual-8086 mode.
         looked_at = _PRESENT | _RW if index == 1 else _PRESENT | _CODE | _DOWN | _RW
+        not_flat, not_low = (CODE_NOT_FLAT, CODE_NOT_LOW) if index == 1 else (NOT_FLAT, NOT_LOW)
         if flags & looked_at != _PRESENT | _RW or limit < 0xFFFF:
-            return NOT_FLAT | NOT_LOW
-        if limit != 0xFFFF_FFFF:
-            found = NOT_FLAT
+            found |= not_flat | not_low
+        elif limit != 0xFFFF_FFFF:
+            found |= not_flat
     return found
 
 

@@ -7,14 +7,14 @@ frame, load CS, SS and the instruction pointer.  Real mode, 16 and 32-bit gates 
 virtual-8086 mode, and 64-bit gates with interrupt stacks.
 
 A fault on the way is itself delivered: two contributory ones, or anything after a page fault,
-become a double fault, and a fault in that a triple fault (SDM volume 3, table 6-5).
+become a double fault, and a fault in that a triple fault (SDM volume 3, table 6-5).  A task gate
+switches tasks (`tasks.py`).
 
 Invariants.  Nothing is changed before every check and every address translation has succeeded, so
 a fault on the way leaves the state of the interrupted instruction.  All of guest memory is
 hostile: every read and write is bounded.
 
-Poor: task gates end the guest as unsupported; frames written over code that was translated
-before do not refresh it.
+Poor: frames written over code that was translated before do not refresh it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from typing import Final
 from ..paging import PageFault, PagingMode, read_linear, translate
 from .quirks import Native
 from .state import LMA, PAGING, PROTECTED, SEGMENTS, VM86, Registers
+from .tasks import BAD_TSS, NOT_PRESENT, PROTECTION, STACK, Fault, base_limit, switch
 
-__all__ = ["Cause", "Delivery", "Refused", "TripleFault", "Unsupported"]
+__all__ = ["Cause", "Delivery", "Refused", "TripleFault"]
 
-_DOUBLE_FAULT, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION, _PAGE = 8, 10, 11, 12, 13, 14
-_CONTRIBUTORY: Final = frozenset((0, _BAD_TSS, _NOT_PRESENT, _STACK, _PROTECTION))
+_DOUBLE_FAULT, _PAGE = 8, 14
+_CONTRIBUTORY: Final = frozenset((0, BAD_TSS, NOT_PRESENT, STACK, PROTECTION))
 _FAULTS: Final = frozenset((0, 5, 6, 7, 10, 11, 12, 13, 14, 16, 17, 19))      # the others are traps and aborts
 _IF, _TF, _NT, _RF, _AC = 1 << 9, 1 << 8, 1 << 14, 1 << 16, 1 << 18
 _CS, _SS, _DS, _ES, _FS, _GS = (SEGMENTS[name] for name in ("cs", "ss", "ds", "es", "fs", "gs"))
@@ -56,24 +57,12 @@ class TripleFault(Exception):
     """A fault while the double fault was delivered: a PC resets."""
 
 
-class Unsupported(Exception):
-    """Architecture that this engine leaves out, named."""
-
-
 class Refused(Exception):
     """A port that the guest's ring may not use, an access that its segment does not allow: due at the instruction."""
 
     def __init__(self, vector: int, error: int | None) -> None:
         super().__init__(f"fault {vector}")
         self.vector, self.error = vector, error
-
-
-class _Fault(Exception):
-    def __init__(self, vector: int, error: int = 0, *, linear: int | None = None) -> None:
-        super().__init__(f"fault {vector} error {error:#x}")
-        self.vector = vector
-        self.error = error
-        self.linear = linear
 
 
 class Delivery:
@@ -83,10 +72,10 @@ class Delivery:
                  flags: Callable[[], int], set_flags: Callable[[int], None],
                  words: ctypes.Array[ctypes.c_uint64]) -> None:
         self._memory = memory
-        self._registers = registers
+        self.registers = registers
         self._flags = flags
-        self._set_flags = set_flags
-        self._words = words
+        self.set_flags = set_flags
+        self.words = words
         self._mode_key: tuple[int, ...] = ()
         self._mode_made = PagingMode(paging=False, pae=False, long=False, large=False, protect=False, root=0)
         self._mode = self._paging()
@@ -95,7 +84,7 @@ class Delivery:
     # -- entry -------------------------------------------------------------------------------
 
     def deliver(self, vector: int, error: int | None, cause: Cause) -> None:
-        """Deliver *vector*. Raises TripleFault or Unsupported."""
+        """Deliver *vector*. Raises TripleFault."""
         if vector >= Native.SYSCALL:
             self._system_call(vector)
             return
@@ -106,14 +95,14 @@ class Delivery:
                 # A fault saves RF, so that a breakpoint at its instruction does not come again (SDM volume 3, 17.3.1).
                 self._through_gate(vector, error, instruction, _RF if first in _FAULTS else 0)
                 return
-            except _Fault as fault:
+            except Fault as fault:
                 if fault.linear is not None:
-                    self._registers.set_control(_CR2, fault.linear)
+                    self.registers.set_control(_CR2, fault.linear)
                 if first == _DOUBLE_FAULT:
                     raise TripleFault from fault
-                if instruction:
+                if instruction and not fault.behind:
                     # Such a fault is INT's own: it stands at the instruction, not behind it.
-                    self._words[16] -= self._length_of_int(vector)
+                    self.words[16] -= self._length_of_int(vector)
                 instruction = False
                 second = fault.vector
                 cause = Cause.EXCEPTION
@@ -123,17 +112,30 @@ class Delivery:
                 else:
                     first, vector, error = second, second, fault.error
 
+    def return_from_task(self, following: int) -> None:
+        """IRET at the instruction pointer, with NT set; *following* is the next instruction. Raises TripleFault."""
+        registers = self.registers
+        self.new_directory()
+        try:
+            _, base, _, _ = registers.raw_segment(SEGMENTS["tr"])
+            selector = int.from_bytes(self.read(base, 2), "little")
+            switch(self, selector, 0, following, self._flags(), back=True)
+        except Fault as fault:
+            if fault.linear is not None:
+                registers.set_control(_CR2, fault.linear)
+            self.deliver(fault.vector, fault.error, Cause.EXCEPTION)
+
     def _length_of_int(self, vector: int) -> int:
         """Bytes of the INT n (CD n), INT3, INT1 or INTO that stands before the instruction pointer."""
         mode = self._paging()
-        base = 0 if mode.long else self._registers.raw_segment(_CS)[1]
-        code = read_linear(self._memory, mode, base + self._words[16] - 2, 2)
+        base = 0 if mode.long else self.registers.raw_segment(_CS)[1]
+        code = read_linear(self._memory, mode, base + self.words[16] - 2, 2)
         return 2 if code == bytes((0xCD, vector)) else 1
 
     # -- memory ------------------------------------------------------------------------------
 
     def _paging(self) -> PagingMode:
-        registers = self._registers
+        registers = self.registers
         key = registers.control(0), registers.control(3), registers.control(4), registers.efer()
         if key != self._mode_key:
             cr0, root, cr4, efer = key
@@ -142,7 +144,7 @@ class Delivery:
                 large=bool(cr4 & 1 << 4), protect=bool(cr0 & 1 << 16), root=root)
         return self._mode_made
 
-    def _pieces(self, linear: int, length: int, *, write: bool,
+    def pieces(self, linear: int, length: int, *, write: bool,
                 user: bool) -> list[tuple[int, int]]:
         mode = self._mode
         if not mode.long:
@@ -159,20 +161,20 @@ class Delivery:
                 try:
                     frame = translate(self._memory, mode, here, write=write, user=user, mark=True) - offset
                 except PageFault as fault:
-                    raise _Fault(_PAGE, fault.error, linear=here) from fault
+                    raise Fault(_PAGE, fault.error, linear=here) from fault
                 self._walked[key] = frame
             pieces.append((frame + offset, size))
             done += size
         return pieces
 
-    def _read(self, linear: int, length: int) -> bytes:
+    def read(self, linear: int, length: int) -> bytes:
         out = bytearray()
-        for physical, size in self._pieces(linear, length, write=False, user=False):
+        for physical, size in self.pieces(linear, length, write=False, user=False):
             piece = self._memory[physical:physical + size] if physical < len(self._memory) else b""
             out += piece + b"\xFF" * (size - len(piece))         # no memory there: reads ones
         return bytes(out)
 
-    def _write(self, pieces: list[tuple[int, int]], data: bytes) -> None:
+    def write(self, pieces: list[tuple[int, int]], data: bytes) -> None:
         done = 0
         for physical, size in pieces:
             end = min(physical + size, len(self._memory))
@@ -184,32 +186,31 @@ class Delivery:
 
     def check_port(self, port: int, size: int) -> None:
         """The bitmap in the TSS (SDM volume 1, 19.5.2). Raises Refused with what is due instead."""
-        selector, base, limit, flags = self._registers.raw_segment(SEGMENTS["tr"])
+        selector, base, limit, flags = self.registers.raw_segment(SEGMENTS["tr"])
         self._mode = self._paging()
         self._walked.clear()
         try:
             if not flags & 1 << 15 or not flags >> 8 & 8 or not selector & ~3 or limit < _BITMAP_POINTER + 1:
-                raise _Fault(_PROTECTION)
-            at = int.from_bytes(self._read(base + _BITMAP_POINTER, 2), "little") + port // 8
+                raise Fault(PROTECTION)
+            at = int.from_bytes(self.read(base + _BITMAP_POINTER, 2), "little") + port // 8
             if at + 1 > limit:
-                raise _Fault(_PROTECTION)
-            bits = int.from_bytes(self._read(base + at, 2), "little")
+                raise Fault(PROTECTION)
+            bits = int.from_bytes(self.read(base + at, 2), "little")
             if bits >> port % 8 & (1 << size) - 1:
-                raise _Fault(_PROTECTION)
-        except _Fault as fault:
+                raise Fault(PROTECTION)
+        except Fault as fault:
             if fault.linear is not None:
-                self._registers.set_control(_CR2, fault.linear)
+                self.registers.set_control(_CR2, fault.linear)
             raise Refused(fault.vector, fault.error) from None
 
     # -- gates -------------------------------------------------------------------------------
 
     def _through_gate(self, vector: int, error: int | None, instruction: bool, resume: int) -> None:
-        registers = self._registers
+        registers = self.registers
         if not registers.control(0) & PROTECTED:
             self._real(vector)
             return
-        self._mode = self._paging()
-        self._walked.clear()
+        self.new_directory()
         if registers.efer() & LMA:
             self._long(vector, error, instruction, resume)
         else:
@@ -217,10 +218,10 @@ class Delivery:
 
     def _real(self, vector: int) -> None:
         """Kept short: every BIOS call of a guest comes through here."""
-        registers, words, memory = self._registers, self._words, self._memory
+        registers, words, memory = self.registers, self.words, self._memory
         _, table, limit, _ = registers.raw_segment(SEGMENTS["idt"])
         if vector * 4 + 3 > limit:
-            raise _Fault(_PROTECTION)
+            raise Fault(PROTECTION)
         at = table + vector * 4
         target, selector = struct.unpack("<HH", memory[at:at + 4].ljust(4, b"\xFF"))
         flags = self._flags()
@@ -229,13 +230,13 @@ class Delivery:
         low = pointer & 0xFFFF
         # Of a whole 64 KiB only the last byte is no place for a word.
         if (low & 1 or ss[2] != 0xFFFF) and not all(_within(ss, (low - at) & 0xFFFF, 2) for at in (2, 4, 6)):
-            raise _Fault(_STACK)
+            raise Fault(STACK)
         for value in (flags, cs[0], words[16]):
             low = (low - 2) & 0xFFFF
             if stack + low + 2 <= len(memory):              # writes beyond memory are ignored
                 struct.pack_into("<H", memory, stack + low, value & 0xFFFF)
         words[4] = (pointer & ~0xFFFF) | low
-        self._set_flags(flags & ~(_IF | _TF | _AC | _RF))
+        self.set_flags(flags & ~(_IF | _TF | _AC | _RF))
         registers.set_raw_segment(_CS, selector, selector << 4, *cs[2:])
         words[16] = target
         if flags & _TF:
@@ -243,58 +244,59 @@ class Delivery:
 
     def _gate(self, vector: int, size: int, instruction: bool) -> tuple[bytes, int]:
         external = 0 if instruction else 1
-        _, table, limit, _ = self._registers.raw_segment(SEGMENTS["idt"])
+        _, table, limit, _ = self.registers.raw_segment(SEGMENTS["idt"])
         code = vector * 8 | 2 | external
         if vector * size + size - 1 > limit:
-            raise _Fault(_PROTECTION, code)
-        return self._read(table + vector * size, size), code
+            raise Fault(PROTECTION, code)
+        return self.read(table + vector * size, size), code
 
     def _code_descriptor(self, selector: int, external: int) -> tuple[int, int]:
         """Both words of the code descriptor that a gate names, checked."""
         if not selector & ~3:
-            raise _Fault(_PROTECTION, external)
-        low, high = self._descriptor(selector, _PROTECTION, external)
-        if not high & 1 << 12 or not high & 1 << 11 or (high >> 13 & 3) > self._registers.cpl():
-            raise _Fault(_PROTECTION, selector & ~3 | external)
+            raise Fault(PROTECTION, external)
+        low, high = self.descriptor(selector, PROTECTION, external)
+        if not high & 1 << 12 or not high & 1 << 11 or (high >> 13 & 3) > self.registers.cpl():
+            raise Fault(PROTECTION, selector & ~3 | external)
         if not high & 1 << 15:
-            raise _Fault(_NOT_PRESENT, selector & ~3 | external)
+            raise Fault(NOT_PRESENT, selector & ~3 | external)
         return low, high
 
-    def _descriptor(self, selector: int, fault: int, external: int) -> tuple[int, int]:
+    def descriptor(self, selector: int, fault: int, external: int) -> tuple[int, int]:
         table = "ldt" if selector & 4 else "gdt"
-        _, base, limit, _ = self._registers.raw_segment(SEGMENTS[table])
+        _, base, limit, _ = self.registers.raw_segment(SEGMENTS[table])
         if (selector & ~7) + 7 > limit:
-            raise _Fault(fault, selector & ~3 | external)
-        low, high = struct.unpack("<II", self._read(base + (selector & ~7), 8))
+            raise Fault(fault, selector & ~3 | external)
+        low, high = struct.unpack("<II", self.read(base + (selector & ~7), 8))
         return low, high
 
     def _protected(self, vector: int, error: int | None, instruction: bool, resume: int) -> None:
-        registers, words = self._registers, self._words
+        registers, words = self.registers, self.words
         external = 0 if instruction else 1
         gate, code = self._gate(vector, 8, instruction)
         low, selector, kind = struct.unpack_from("<HHxB", gate)
         high, = struct.unpack_from("<H", gate, 6)
         form = kind & 0x1F
-        if form == 5:
-            raise Unsupported("an interrupt through a task gate")
-        if form not in (6, 7, 14, 15):
-            raise _Fault(_PROTECTION, code)
+        if form not in (5, 6, 7, 14, 15):
+            raise Fault(PROTECTION, code)
         if instruction and (kind >> 5 & 3) < registers.cpl():
-            raise _Fault(_PROTECTION, code)
+            raise Fault(PROTECTION, code)
         if not kind & 0x80:
-            raise _Fault(_NOT_PRESENT, code)
+            raise Fault(NOT_PRESENT, code)
+        if form == 5:
+            switch(self, selector, external, words[16], self._flags() | resume, error)
+            return
         width = 4 if form & 8 else 2
         target = low | (high << 16 if width == 4 else 0)
         cs_low, cs_high = self._code_descriptor(selector, external)
         ring = registers.cpl() if cs_high & 1 << 10 else cs_high >> 13 & 3
         flags, virtual = self._flags(), bool(self._flags() & VM86)
         if virtual and ring != 0:
-            raise _Fault(_PROTECTION, selector & ~3 | external)
+            raise Fault(PROTECTION, selector & ~3 | external)
         old_ss, old_cs = registers.raw_segment(_SS), registers.raw_segment(_CS)
         frame: list[int] = []
         stack_code = external
         if ring < registers.cpl():
-            pointer, ss_selector = self._ring_stack(ring)
+            pointer, ss_selector = self._ring_stack(ring, external)
             ss = self._stack_segment(ss_selector, ring, external)
             stack_code |= ss_selector & ~3
             if virtual:
@@ -311,13 +313,15 @@ class Delivery:
             struct.pack(_WIDTH_FORMATS[width], value & mask_value) for value in reversed(frame))
         new = (pointer & ~mask & 0xFFFF_FFFF) | ((pointer - len(data)) & mask)
         if not all(_within(ss, (new + at) & mask, width) for at in range(0, len(data), width)):
-            raise _Fault(_STACK, stack_code)
+            raise Fault(STACK, stack_code)
+        if target > base_limit(cs_low, cs_high)[1]:
+            raise Fault(PROTECTION, external)
         # A stack that is empty, or nearly so, goes on at its other end.
         before_end = min(len(data), mask + 1 - (new & mask))
-        pieces = self._pieces(ss[1] + (new & mask), before_end, write=True, user=ring == 3)
+        pieces = self.pieces(ss[1] + (new & mask), before_end, write=True, user=ring == 3)
         if before_end < len(data):
-            pieces += self._pieces(ss[1], len(data) - before_end, write=True, user=ring == 3)
-        self._write(pieces, data)
+            pieces += self.pieces(ss[1], len(data) - before_end, write=True, user=ring == 3)
+        self.write(pieces, data)
         words[4] = new
         if ring < registers.cpl():
             registers.set_raw_segment(_SS, *ss)
@@ -327,42 +331,58 @@ class Delivery:
         self._enter(selector & ~3 | ring, cs_low, cs_high, target,
                     flags & ~(_TF | _NT | _RF | VM86 | (0 if form & 1 else _IF)))
 
-    def _ring_stack(self, ring: int) -> tuple[int, int]:
+    def push(self, value: int, width: int, external: int) -> None:
+        """One value on the stack as it is. Raises Fault."""
+        ss, pointer = self.registers.raw_segment(_SS), self.words[4]
+        mask = 0xFFFF_FFFF if ss[3] & _BIG else 0xFFFF
+        at = (pointer - width) & mask
+        if not _within(ss, at, width):
+            raise Fault(STACK, external)
+        self.write(self.pieces(ss[1] + at, width, write=True, user=self.registers.cpl() == 3),
+                   struct.pack(_WIDTH_FORMATS[width], value & (1 << width * 8) - 1))
+        self.words[4] = pointer & ~mask & 0xFFFF_FFFF | at
+
+    def new_directory(self) -> None:
+        """Look at the tables anew: CR3 may have changed."""
+        self._mode = self._paging()
+        self._walked.clear()
+
+    def _ring_stack(self, ring: int, external: int) -> tuple[int, int]:
         """(stack pointer, stack selector) for *ring* from the TSS, 16 or 32-bit."""
-        selector, base, limit, flags = self._registers.raw_segment(SEGMENTS["tr"])
+        selector, base, limit, flags = self.registers.raw_segment(SEGMENTS["tr"])
         wide = bool(flags >> 8 & 8)
         at, size = (4 + ring * 8, 8) if wide else (2 + ring * 4, 4)
         if not flags & 1 << 15 or at + size - 1 > limit:
-            raise _Fault(_BAD_TSS, selector & ~3)
-        pointer, stack = struct.unpack("<IH2x" if wide else "<HH", self._read(base + at, size))
+            raise Fault(BAD_TSS, selector & ~3 | external)
+        pointer, stack = struct.unpack("<IH2x" if wide else "<HH", self.read(base + at, size))
         return pointer, stack
 
     def _stack_segment(self, selector: int, ring: int, external: int) -> tuple[int, int, int, int]:
         if not selector & ~3 or selector & 3 != ring:
-            raise _Fault(_BAD_TSS, selector & ~3 | external)
-        low, high = self._descriptor(selector, _BAD_TSS, external)
+            raise Fault(BAD_TSS, selector & ~3 | external)
+        low, high = self.descriptor(selector, BAD_TSS, external)
         writable = high & 1 << 12 and not high & 1 << 11 and high & 1 << 9
         if (high >> 13 & 3) != ring or not writable:
-            raise _Fault(_BAD_TSS, selector & ~3 | external)
+            raise Fault(BAD_TSS, selector & ~3 | external)
         if not high & 1 << 15:
-            raise _Fault(_STACK, selector & ~3 | external)
-        return selector, *_base_limit(low, high), high
+            raise Fault(STACK, selector & ~3 | external)
+        return selector, *base_limit(low, high), high
 
     def _long(self, vector: int, error: int | None, instruction: bool, resume: int) -> None:
-        registers, words = self._registers, self._words
+        registers, words = self.registers, self.words
         external = 0 if instruction else 1
         gate, code = self._gate(vector, 16, instruction)
         low, selector, stack_table, kind, middle, high = struct.unpack_from("<HHBBHI", gate)
         form = kind & 0x1F
         if form not in (14, 15):
-            raise _Fault(_PROTECTION, code)
+            raise Fault(PROTECTION, code)
         if instruction and (kind >> 5 & 3) < registers.cpl():
-            raise _Fault(_PROTECTION, code)
+            raise Fault(PROTECTION, code)
         if not kind & 0x80:
-            raise _Fault(_NOT_PRESENT, code)
+            raise Fault(NOT_PRESENT, code)
         cs_low, cs_high = self._code_descriptor(selector, external)
         if not cs_high & 1 << 21 or cs_high & 1 << 22:
-            raise _Fault(_PROTECTION, selector & ~3 | external)
+            raise Fault(PROTECTION, selector & ~3 | external)
         ring = registers.cpl() if cs_high & 1 << 10 else cs_high >> 13 & 3
         old_ss, old_cs = registers.raw_segment(_SS), registers.raw_segment(_CS)
         if stack_table & 7:
@@ -378,8 +398,8 @@ class Delivery:
         data = struct.pack(f"<{len(frame)}Q", *reversed(frame))
         new = ((pointer & ~15) - len(data)) & 0xFFFF_FFFF_FFFF_FFFF
         if (new >> 47) not in (0, 0x1FFFF):
-            raise _Fault(_STACK, 0)
-        self._write(self._pieces(new, len(data), write=True, user=ring == 3), data)
+            raise Fault(STACK, 0)
+        self.write(self.pieces(new, len(data), write=True, user=ring == 3), data)
         words[4] = new
         if ring < registers.cpl():
             registers.set_raw_segment(_SS, ring, 0, 0, ring << 13)     # a null selector
@@ -387,25 +407,25 @@ class Delivery:
                     flags & ~(_TF | _NT | _RF | (0 if form & 1 else _IF)))
 
     def _tss64(self, offset: int) -> int:
-        selector, base, limit, flags = self._registers.raw_segment(SEGMENTS["tr"])
+        selector, base, limit, flags = self.registers.raw_segment(SEGMENTS["tr"])
         if not flags & 1 << 15 or offset + 7 > limit:
-            raise _Fault(_BAD_TSS, selector & ~3)
-        return struct.unpack("<Q", self._read(base + offset, 8))[0]
+            raise Fault(BAD_TSS, selector & ~3)
+        return struct.unpack("<Q", self.read(base + offset, 8))[0]
 
     def _enter(self, selector: int, low: int, high: int, target: int, flags: int) -> None:
-        registers = self._registers
+        registers = self.registers
         ring = selector & 3
         cs_flags = (high | 1 << 8) & ~(3 << 13) | ring << 13
-        registers.set_raw_segment(_CS, selector, *_base_limit(low, high), cs_flags)
-        self._set_flags(flags)
-        self._words[16] = target
+        registers.set_raw_segment(_CS, selector, *base_limit(low, high), cs_flags)
+        self.set_flags(flags)
+        self.words[16] = target
         registers.sync()
 
     # -- system calls ------------------------------------------------------------------------
 
     def _system_call(self, vector: int) -> None:
         """SYSCALL (AMD64 volume 3) and SYSENTER (SDM volume 2); RIP is behind the instruction."""
-        registers, words = self._registers, self._words
+        registers, words = self.registers, self.words
         flags = self._flags()
         if vector == Native.SYSCALL:
             if not registers.efer() & 1:
@@ -425,7 +445,7 @@ class Delivery:
             selector = registers.msr("sysenter_cs") & 0xFFFC
             if not selector or not registers.control(0) & PROTECTED:
                 words[16] -= 2
-                self.deliver(_PROTECTION, 0, Cause.EXCEPTION)
+                self.deliver(PROTECTION, 0, Cause.EXCEPTION)
                 return
             wide = bool(registers.efer() & LMA)
             words[4] = registers.msr("sysenter_esp")
@@ -433,7 +453,7 @@ class Delivery:
         code = 0x9B00 | 1 << 23 | (1 << 21 if wide else 1 << 22)
         registers.set_raw_segment(_CS, selector, 0, 0xFFFF_FFFF, code)
         registers.set_raw_segment(_SS, selector + 8, 0, 0xFFFF_FFFF, 0x9300 | 1 << 23 | 1 << 22)
-        self._set_flags(flags & keep & ~_RF)
+        self.set_flags(flags & keep & ~_RF)
         words[16] = target
         registers.sync()
 
@@ -445,9 +465,3 @@ def _within(segment: tuple[int, int, int, int], offset: int, size: int) -> bool:
     if flags & (_CODE | _DOWN) == _DOWN:
         return offset > limit and last <= (0xFFFF_FFFF if flags & _BIG else 0xFFFF)
     return last <= limit or limit == 0xFFFF_FFFF
-
-
-def _base_limit(low: int, high: int) -> tuple[int, int]:
-    base = low >> 16 | (high & 0xFF) << 16 | high & 0xFF00_0000
-    limit = low & 0xFFFF | high & 0x000F_0000
-    return base, limit << 12 | 0xFFF if high & 1 << 23 else limit

@@ -34,7 +34,7 @@ from ..base import Bus, CpuState, EngineError, Event, Exit, ExitKind, ExitReason
 from ..paging import paging_mode, read_linear
 from ..tsc import read_tsc
 from .checks import Word
-from .delivery import Cause, Delivery, Refused, TripleFault, Unsupported
+from .delivery import Cause, Delivery, Refused, TripleFault
 from .privileged import MSRS_PRESENT, Privileged
 from .quirks import PREFIXES, SEGMENT_SIZE, Native, Unicorn
 from .segments import CS64, words
@@ -237,6 +237,10 @@ class SoftwareCpu:
 
     def _deliver(self, vector: int) -> Exit | None:
         """What a native hook has noted: an interrupt, a system call, an intercepted instruction."""
+        if vector == Native.TASK_RETURN:                                # MIXED_TASKS
+            code = self._code_here()
+            following = self._unicorn.words[16] + self._behind_prefixes(code) + 1
+            return self._delivered(lambda: self._delivery.return_from_task(following))
         if Native.INTERCEPTED <= vector < Native.SYSCALL:
             self._exits[ExitKind.OTHER] += 1
             self.watch(ExitKind.OTHER)
@@ -266,15 +270,15 @@ class SoftwareCpu:
         return at + 1 if code[at:at + 1] == b"\xF1" else 0
 
     def _through_gate(self, vector: int, error: int | None, cause: Cause) -> Exit | None:
+        return self._delivered(lambda: self._delivery.deliver(vector, error, cause))
+
+    def _delivered(self, what: Callable[[], None]) -> Exit | None:
         try:
-            self._delivery.deliver(vector, error, cause)
+            what()
         except TripleFault:
             self._exits[ExitKind.SHUTDOWN] += 1
             return Exit(ExitReason.TRIPLE_FAULT,
                         "the guest faulted while its fault handlers failed")
-        except Unsupported as what:
-            self._exits[ExitKind.OTHER] += 1
-            return Exit(ExitReason.UNSUPPORTED, f"{what} is not supported by the software engine")
         return None
 
     def _failed(self, status: int) -> Exit:

@@ -47,6 +47,7 @@ class Decoded:
     length: int = 0                  # 0: no instruction, as far as is known here
     invalid: bool = False            # LOCK where there must be none
     loads: bool = False              # a segment register
+    returns: bool = False            # IRET
 
 
 class _Operand(NamedTuple):
@@ -271,7 +272,7 @@ class _Reader:
         if row is not None:
             return self._with_modrm(row, opcode, _IMMEDIATES.get(opcode, 0))
         accesses, loads = self._without_modrm(opcode)
-        return self._told(accesses, _IMMEDIATES.get(opcode, 0), loads=loads)
+        return self._told(accesses, _IMMEDIATES.get(opcode, 0), loads=loads, returns=opcode == 0xCF)
 
     def _behind_0f(self) -> Decoded:
         opcode = self._code[self._at]
@@ -333,13 +334,13 @@ class _Reader:
         return self._told(accesses, immediate, lock=operand.lock, loads=operand.loads)
 
     def _told(self, accesses: tuple[Access, ...], immediate: int, *, lock: bool = False,
-              loads: bool = False) -> Decoded:
+              loads: bool = False, returns: bool = False) -> Decoded:
         length = self._at + (immediate if immediate >= 0 else {
             _OPERAND: min(self._size, 4), _MOVED: self._size, _ADDRESS: self._width,
             _POINTER: self._size + 2}[immediate])
         if self._locked and not lock:
             return Decoded(length=length, invalid=True)
-        return Decoded(accesses, length, loads=loads)
+        return Decoded(accesses, length, loads=loads, returns=returns)
 
     def _without_modrm(self, opcode: int) -> tuple[tuple[Access, ...], bool]:
         if opcode in _PUSHES:

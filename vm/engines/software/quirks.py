@@ -55,10 +55,12 @@ FULL_STACK     A new instance has every x87 register in use (QEMU does not look,
                be written: the engine begins with FNINIT's state and writes the FPU's fields in place, the control
                words by the API (which also sets the rounding that follows from them).
 
+MIXED_TASKS    A change of task saves the state in the form of the new task's TSS, so that between tasks of 16 and of 32
+               bits it is written to the wrong places. IRET to another task is told by a check (`UNBOUNDED`) and done
+               by `tasks.py`, as are interrupts; jumps and calls between such tasks are not repaired.
 UNBOUNDED      The limits and types of segments are checked when they are loaded and in far jumps, not at each access;
                LOCK before an instruction that takes none of the common ones (MOV, for instance) is ignored; alignment
-               (SSE's, and AC) is not checked. For a VM that asks for it (`check_accesses`), a hook in front of each
-               instruction does all three: `segments.py`.
+               (SSE's, and AC) is not checked. `checks.py` has translated code check all three.
 
 Not repaired (the guest sees a difference from a PC): data breakpoints and DR7's general detection never happen; an x87
 error without CR0.NE is not told as IRQ 13; the A20 line is always on, as it is on the kvm engine.
@@ -204,6 +206,7 @@ class Native:
     INTERCEPTED, CR0, CR4, MSR = 0x100, 0x110, 0x114, 0x17C      # SVM's exit codes from 0x100 on: UNCHECKED
     STOP, WANTED = 0, 1
     LEAVE, KICKED, VECTOR, STOPPED = 2, 3, 4, 8
+    TASK_RETURN = 0x1F0                        # an IRET with NT: MIXED_TASKS, by checks.asm
     SYSCALL, SYSENTER = 0x200, 0x201           # vectors that no processor has
 
     def __init__(self, unicorn: Unicorn) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .checks import NOT_FLAT, NOT_LOW, Word
+from .checks import CODE_NOT_FLAT, CODE_NOT_LOW, NOT_FLAT, NOT_LOW, Word
 from .operands import CS, FS, GS, Access, decoded
 
 __all__ = ["CS64", "words"]
@@ -34,7 +34,7 @@ _RING, CS32, SS32, _PE, CS64, _VM, _AC = 3, 1 << 4, 1 << 5, 1 << 7, 1 << 15, 1 <
 
 # As in checks.asm.
 _WORD_ADDRESS, _LONG_ADDRESS, _BIT_TEST, _PLUS_AL, _COUNTED, _TO_16, _TO_SIZE = (1 << n for n in range(9, 16))
-_WRITE, _PROTECTED, _LOW, _NO_BASE, _MARK, _RAISE, _OURS = (1 << n for n in (24, 25, 26, 27, 29, 30, 31))
+_WRITE, _PROTECTED, _LOW, _NO_BASE, _RETURNS, _MARK, _RAISE, _OURS = (1 << n for n in range(24, 32))
 _FIRST_CACHE, _NONE = 23, 0xFF
 _INVALID_OPCODE: Final = 6
 
@@ -48,12 +48,14 @@ def words(code: bytes, flags: int, pointer: int) -> list[Word]:
     """
     found = decoded(code, 64 if flags & CS64 else 32 if flags & CS32 else 16)
     checks: list[Word] = []
-    if not flags & CS64 and flags & NOT_FLAT and found.length and (
-            flags & (NOT_LOW | CS32) or pointer + found.length > 0x1_0000):
+    if not flags & CS64 and flags & CODE_NOT_FLAT and found.length and (
+            flags & (CODE_NOT_LOW | CS32) or pointer + found.length > 0x1_0000):
         checks.append(_word(Access(CS, found.length, False, displacement=pointer), flags & ~(_PE | _AC), 0))
     if found.invalid:
         return [*checks, (_OURS | _RAISE | _INVALID_OPCODE, 0)]
     protected = flags & (_PE | _VM) == _PE
+    if found.returns and protected and not flags & CS64:
+        checks.append((_OURS | _RETURNS, 0))         # before the stack, which may be empty
     for access in found.accesses:
         if access.width == 0 and protected and access.write and found.loads:
             continue                                 # a far call may go to another stack
@@ -70,9 +72,10 @@ def _wanted(access: Access, flags: int, protected: bool) -> bool:
         return True
     if flags & CS64:
         return False
-    if access.segment in (FS, GS) or flags & NOT_LOW or (protected and access.write and access.segment == CS):
+    not_flat, not_low = (CODE_NOT_FLAT, CODE_NOT_LOW) if access.segment == CS else (NOT_FLAT, NOT_LOW)
+    if access.segment in (FS, GS) or flags & not_low or (protected and access.write and access.segment == CS):
         return True
-    if not flags & NOT_FLAT:
+    if not flags & not_flat:
         return False
     if access.width != 2 and (access.width or flags & SS32):
         return True
@@ -92,7 +95,8 @@ def _word(access: Access, flags: int, following: int) -> Word:
         word |= _PROTECTED
     if flags & _AC and flags & _RING == 3 and access.size in (2, 4, 8):
         word |= _TO_SIZE
-    if (width == 2 and access.segment not in (FS, GS) and not flags & NOT_LOW and not word & _TO_SIZE
+    not_low = CODE_NOT_LOW if access.segment == CS else NOT_LOW
+    if (width == 2 and access.segment not in (FS, GS) and not flags & not_low and not word & _TO_SIZE
             and not (access.aligned or (access.write and access.segment == CS))):
         word |= _LOW
     for wanted, bit in ((access.write, _WRITE), (access.counted, _COUNTED), (access.plus_al, _PLUS_AL),

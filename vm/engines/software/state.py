@@ -19,7 +19,7 @@ from typing import Final
 from ..base import MSRS, CpuState, DescriptorTable, Fpu, Segment, WholeState
 from ..portable import canonical
 from ..tsc import read_tsc
-from .checks import NOT_FLAT, NOT_LOW, tightness
+from .checks import TIGHT, tightness
 from .quirks import SEGMENT_SIZE, XMM_SIZE, Unicorn
 
 __all__ = ["SEGMENTS", "Registers", "descriptor_flags", "segment_of"]
@@ -40,7 +40,7 @@ _HF_OSFXSR = 1 << 22
 _HF_INHIBIT = 1 << 3                      # no interrupt before the next instruction is done
 _HF_MP_EM_TS = 7 << 9                     # CR0's bits 1, 2, 3 moved up by 8
 _COMPUTED = (_HF_CPL | _HF_CS32 | _HF_SS32 | _HF_ADDSEG | _HF_PE | _HF_TF | _HF_IOPL | _HF_LMA
-             | _HF_CS64 | _HF_VM | _HF_OSFXSR | _HF_MP_EM_TS | NOT_FLAT | NOT_LOW)
+             | _HF_CS64 | _HF_VM | _HF_OSFXSR | _HF_MP_EM_TS | TIGHT)
 
 
 def descriptor_flags(segment: Segment) -> int:
@@ -112,6 +112,15 @@ class Registers:
     def set_debug_status(self, bits: int) -> None:
         """Set these of DR6."""
         self._debug_status.value |= bits
+
+    def clear_local_breakpoints(self) -> None:
+        """Of DR7, as a change of task does."""
+        struct.pack_into("<B", self._bytes, self._unicorn.layout.debug + 7 * 8,
+                         self._bytes[self._unicorn.layout.debug + 7 * 8] & ~0x55 & 0xFF)
+
+    def forget_translations(self) -> None:
+        """CR3 has changed."""
+        self._unicorn.flush_translations()
 
     def in_64_bit_code(self) -> bool:
         return bool(self._efer.value & LMA and self.raw_segment(SEGMENTS["cs"])[3] & 1 << 21)
