@@ -17,6 +17,7 @@ DIRTY           equ -10                 ; a segment was loaded
 
 ; DisasContextBase, DisasContext, TranslationBlock, uc_struct, TCGContext
 BLOCK           equ 0
+PC_FIRST        equ 8
 PC_NEXT         equ 16
 UC              equ 0x1F0
 BLOCK_CS_BASE   equ 8
@@ -56,7 +57,7 @@ RETURNS         equ 1 << 28             ; IRET of protected mode
 MARK            equ 1 << 29
 RAISE           equ 1 << 30
 ; bit 31: a check. The second: 0 to 31 displacement, 32 to 39 base and 40 to 47 index (registers; -1: none), 48 to 55
-; the index's shift, 56 to 59 register and 60 whether 4 bytes of a bit test
+; the index's shift, 56 to 59 register and 60 whether 4 bytes of a bit test, 63 FETCH: the instruction itself
 
 NT              equ 1 << 14
 TASK_RETURN     equ 0x1F0               ; as in quirks.py
@@ -167,9 +168,23 @@ translate:
     mov rsi, [rbx + PC_NEXT]
     mov edx, r13d
     call [rel ask_python]
-    mov r12d, eax
     test eax, eax
     jz .done
+    mov [rsp + 32], eax
+    mov rax, [rbx + PC_NEXT]
+    cmp rax, [rbx + PC_FIRST]
+    jne .made
+    ; Beyond the end of CS there may be no memory, which the translator would run into first. Where a block begins, the
+    ; state is that of its first instruction.
+    mov rax, [rel checks]
+    mov esi, [rax]
+    mov rdx, [rax + 8]
+    mov rdi, r12
+    test rdx, rdx
+    jns .made                           ; not a FETCH
+    call check
+.made:
+    mov r12d, [rsp + 32]
     mov rax, [rbx + UC]
     mov rbp, [rax + UC_TCG]
     mov r13, [rel checks]

@@ -346,9 +346,8 @@ class SoftwareCpu:
     def _checks(self, linear: int, flags: int) -> list[Word]:
         """What is to be checked in front of an instruction that is being translated."""
         try:
-            # A page and no more: what lies behind may not be there, and is not read where the instruction ends before.
-            code = self._code_at(linear)
-            return words(code, flags, linear if flags & CS64 else linear - self._registers.base("cs") & 0xFFFF_FFFF)
+            return words(self._code_at(linear), flags,
+                         linear if flags & CS64 else linear - self._registers.base("cs") & 0xFFFF_FFFF)
         except BaseException as error:  # as above
             self._keep_error(error)
             return []

@@ -35,7 +35,7 @@ _RING, CS32, SS32, _PE, CS64, _VM, _AC = 3, 1 << 4, 1 << 5, 1 << 7, 1 << 15, 1 <
 # As in checks.asm.
 _WORD_ADDRESS, _LONG_ADDRESS, _BIT_TEST, _PLUS_AL, _COUNTED, _TO_16, _TO_SIZE = (1 << n for n in range(9, 16))
 _WRITE, _PROTECTED, _LOW, _NO_BASE, _RETURNS, _MARK, _RAISE, _OURS = (1 << n for n in range(24, 32))
-_FIRST_CACHE, _NONE = 23, 0xFF
+_FIRST_CACHE, _NONE, _FETCH = 23, 0xFF, 1 << 63
 _INVALID_OPCODE: Final = 6
 
 
@@ -48,9 +48,11 @@ def words(code: bytes, flags: int, pointer: int) -> list[Word]:
     """
     found = decoded(code, 64 if flags & CS64 else 32 if flags & CS32 else 16)
     checks: list[Word] = []
-    if not flags & CS64 and flags & CODE_NOT_FLAT and found.length and (
-            flags & (CODE_NOT_LOW | CS32) or pointer + found.length > 0x1_0000):
-        checks.append(_word(Access(CS, found.length, False, displacement=pointer), flags & ~(_PE | _AC), 0))
+    length = max(found.length, 1)
+    if not flags & CS64 and flags & CODE_NOT_FLAT and (
+            flags & (CODE_NOT_LOW | CS32) or pointer + length > 0x1_0000):
+        word, more = _word(Access(CS, length, False, displacement=pointer), flags & ~(_PE | _AC), 0)
+        checks.append((word, more | _FETCH))
     if found.invalid:
         return [*checks, (_OURS | _RAISE | _INVALID_OPCODE, 0)]
     protected = flags & (_PE | _VM) == _PE
