@@ -284,8 +284,9 @@ NOT_UNDER_TCG: Final = ("not after_a_move and not x87_stack and not rounding_as"
                         " and not test_conformance")
 # Modules without a test that needs /dev/kvm, and those that run on no host of the lab: not imported (test_lab.py
 # looks whether that is still so).
-WITHOUT_HARDWARE: Final = ("test_delivery", "test_kick", "test_kvm_abi", "test_kvm_exits", "test_paging", "test_quirks")
-LEFT_OUT: Final = {"qemu": WITHOUT_HARDWARE, "bochs": (*WITHOUT_HARDWARE, "test_smp", "test_conformance")}
+WITHOUT_HARDWARE: Final = ("test_checks", "test_delivery", "test_kick", "test_kvm_abi", "test_kvm_exits",
+                           "test_operands", "test_paging", "test_quirks")
+LEFT_OUT: Final = {"qemu": WITHOUT_HARDWARE, "bochs": (*WITHOUT_HARDWARE, "test_smp")}
 HARDWARE: Final = {
     "qemu": (SUITE, "-m", "kvm", "-k", f"{FOR_REAL} and {NOT_UNDER_TCG}"),
     # Bochs enters a guest whose interrupts are off with the host's interrupts masked: one that computes so

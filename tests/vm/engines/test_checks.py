@@ -29,7 +29,7 @@ from mixvisor.vm.engines.base import (
 )
 from mixvisor.vm.engines.entry import flat_state
 from mixvisor.vm.engines.software import checks
-from mixvisor.vm.engines.software.operands import DS, ES, SS, Access, decoded
+from mixvisor.vm.engines.software.operands import DS, ES, SS, Access, decoded, kinds
 from mixvisor.vm.engines.software.state import descriptor_flags
 
 from .test_conformance import CODE, HANDLERS, IDT, Case, built
@@ -43,6 +43,32 @@ def test_the_machine_code_is_what_the_source_assembles_to(tmp_path):
     out = tmp_path / "checks.bin"
     subprocess.run(["nasm", "-f", "bin", "-o", out, SOURCE], check=True)
     assert out.read_bytes() == checks.program()
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("escape", ["", "0f"])
+def test_python_is_asked_for_every_opcode_that_accesses_memory(bits, escape):
+    found = kinds()
+    memory, implicit, aligned, anyway = range(4, 8)
+    for opcode in range(256):
+        if not escape and opcode in (0x0F, 0x26, 0x2E, 0x36, 0x3E, *range(0x64, 0x68), 0xF0, 0xF2, 0xF3):
+            continue
+        kind = found[opcode + (256 if escape else 0)]
+        for prefix in ("", "66", "f3", "f2"):
+            for register in range(8):
+                # [bx] or [edi], the latter with a SIB byte's worth of what is behind, and a register
+                code = bytes.fromhex(prefix + escape) + bytes([opcode])
+                for modrm in (0x07 | register << 3, 0xC0 | register << 3):
+                    told = decoded((code + bytes([modrm])).ljust(15, b"\1"), bits)
+                    what = code.hex(), modrm, told
+                    if told.loads or told.returns:
+                        assert kind == anyway, what
+                    if any(access.aligned for access in told.accesses):
+                        assert kind in (aligned, anyway), what
+                    if told.accesses and modrm < 0xC0:
+                        assert kind in (memory, implicit, aligned, anyway), what
+                    elif told.accesses:
+                        assert kind in (implicit, anyway), what
 
 
 def due(access: Access, registers: list[int], segment: Segment) -> int | None:

@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from .. import kick
+from .operands import kinds
 from .stores import write_code
 
 __all__ = ["CODE_NOT_FLAT", "CODE_NOT_LOW", "NOT_FLAT", "NOT_LOW", "TIGHT", "Checks", "Word", "program", "tightness"]
@@ -69,36 +70,6 @@ _ASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c
 Word = tuple[int, int]                   # of a check: what `check` is called with
 
 
-def _kinds() -> bytes:
-    """By opcode, and by the one behind 0F: what checks.asm names PREFIX to ANYWAY."""
-    prefix, rex, two, memory, implicit, aligned, anyway = range(1, 8)
-    one, more = bytearray(256), bytearray(256)
-    for first in range(0, 0x40, 8):                           # the eight of arithmetic
-        one[first:first + 4] = bytes([memory] * 4)
-    one[0x40:0x50] = bytes([rex] * 16)
-    one[0x50:0x60] = bytes([implicit] * 16)
-    for kind, places in (
-            (prefix, (0x26, 0x36, 0x3E, 0x66, 0x67, 0xF2, 0xF3)), (two, (0x0F,)),
-            (memory, (*range(0x80, 0x8C), 0x63, 0xC0, 0xC1, 0xC6, 0xC7, *range(0xD0, 0xD4), *range(0xD8, 0xE0), 0xF6,
-                      0xF7, 0xFE)),
-            (implicit, (0x06, 0x0E, 0x16, 0x1E, 0x60, 0x61, 0x62, 0x68, 0x6A, *range(0x6C, 0x70), 0x8F, 0x9C, 0x9D,
-                        *range(0xA0, 0xA8), *range(0xAA, 0xB0), 0xC2, 0xC3, 0xC8, 0xC9, 0xD7, 0xE8)),
-            # LOCK, CS, FS and GS; loads of segments, far jumps; indirect far jumps among others
-            (anyway, (0xF0, 0x2E, 0x64, 0x65, 0x07, 0x17, 0x1F, 0x8E, 0x9A, 0xC4, 0xC5, 0xCA, 0xCB, 0xCF, 0xEA, 0xFF))):
-        for place in places:
-            one[place] = kind
-    for place in (0x00, 0x01, 0x02, 0x03, 0x0D, *range(0x40, 0x50), *range(0x90, 0xA0), 0xA3, 0xA4, 0xA5, 0xAB, 0xAC,
-                  0xAD, 0xAF, 0xB0, 0xB1, 0xB3, 0xB6, 0xB7, 0xB8, *range(0xBA, 0xC2), 0xC3, 0xC7):
-        more[place] = memory
-    for place in (*range(0x10, 0x18), *range(0x28, 0x30), *range(0x50, 0x80), 0xAE, 0xC2, *range(0xC4, 0xC7),
-                  *range(0xD0, 0x100)):
-        more[place] = aligned
-    more[0xA0] = more[0xA8] = implicit
-    for place in (0x07, 0x35, 0x38, 0x3A, 0xA1, 0xA9, 0xB2, 0xB4, 0xB5):
-        more[place] = anyway
-    return bytes(one + more)
-
-
 def tightness(segments: Sequence[tuple[int, int, int, int]]) -> int:
     """The four flags for (selector, base, limit, flags) of ES, CS, SS and DS. As `classify` in checks.asm."""
     found = 0
@@ -119,11 +90,11 @@ class Checks:
     def __init__(self, symbol: Callable[[str], int]) -> None:
         self._instances: dict[int, Callable[[int, int], Sequence[Word]]] = {}
         self._data = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._data[:512] = _kinds()
-        kinds = ctypes.addressof(ctypes.c_char.from_buffer(self._data))
+        self._data[:512] = kinds()
+        data = ctypes.addressof(ctypes.c_char.from_buffer(self._data))
         self._ask = _ASK(self._asked)
         self.classify = 0
-        self.on = self._patch(symbol, kinds)
+        self.on = self._patch(symbol, data)
 
     def take(self, cpu: int, checks_of: Callable[[int, int], Sequence[Word]]) -> None:
         """Have *checks_of* asked, with linear address and hidden flags, for instructions of this CPU object."""

@@ -16,7 +16,7 @@ import functools
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-__all__ = ["CS", "DS", "ES", "FS", "GS", "SS", "Access", "Decoded", "decoded"]
+__all__ = ["CS", "DS", "ES", "FS", "GS", "SS", "Access", "Decoded", "decoded", "kinds"]
 
 # As in struct CPUX86State: the order of the caches; the general registers have that of the encoding.
 ES, CS, SS, DS, FS, GS = range(6)
@@ -197,6 +197,9 @@ _VECTORS: Final = _vectors()
 _SEGMENT_PREFIXES: Final = {0x26: ES, 0x2E: CS, 0x36: SS, 0x3E: DS, 0x64: FS, 0x65: GS}
 _OTHER_PREFIXES: Final = frozenset((0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _PUSHES: Final = frozenset((0x06, 0x0E, 0x16, 0x1E, *range(0x50, 0x58), 0x68, 0x6A, 0x9C, 0xC8, 0xE8))
+_LOADS: Final = frozenset((0x07, 0x17, 0x1F, 0x9A, 0xCA, 0xCB, 0xCF, 0xEA))            # a segment, without ModRM
+_LOADS_OF_TWO: Final = frozenset((0x07, 0x35, 0xA1, 0xA9))
+_MASKMOV: Final = 0xF7                                                       # behind 0F
 _POPS: Final = frozenset((0x07, 0x17, 0x1F, *range(0x58, 0x60), 0x9D, 0xC2, 0xC3))
 _NOT_IN_64: Final = frozenset((0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0x60, 0x61, 0x62, 0x82, 0x9A, 0xC4, 0xC5,
                                0xEA))
@@ -220,6 +223,39 @@ _STRINGS: Final[dict[int, tuple[bool, bool | None]]] = {opcode + wide: told for 
     (0x6C, (False, True)), (0x6E, (True, None)), (0xA4, (True, True)), (0xA6, (True, False)), (0xAA, (False, True)),
     (0xAC, (True, None)), (0xAE, (False, False))) for wide in (0, 1)}
 _BASES_OF_16: Final = ((_BX, _SI), (_BX, _DI), (_BP, _SI), (_BP, _DI), (_SI, -1), (_DI, -1), (_BP, -1), (_BX, -1))
+
+
+# What the first bytes tell, for checks.asm: an access by a ModRM byte, without one, one of SSE; more than that.
+_PREFIX, _REX, _ESCAPE, _MEMORY, _IMPLICIT, _SSE, _ANYWAY = range(1, 8)
+
+
+def kinds() -> bytes:
+    """By opcode, and by the one behind 0F, of which sort an instruction may be. 512 bytes."""
+    one, two = bytearray(256), bytearray(256)
+    for kinds_of, rows in ((one, _ONE), (two, _TWO)):
+        for opcode, row in rows.items():
+            operands = [operand for operand in row if operand is not None]
+            kinds_of[opcode] = (
+                _ANYWAY if any(each.loads for each in operands) else _IMPLICIT if any(
+                    each.pushes or each.pops for each in operands) else _SSE if any(
+                    each.aligned for each in operands) else _MEMORY if operands else 0)
+    for opcode, forms in _VECTORS.items():
+        if opcode < 0x100:
+            two[opcode] = _SSE if any(form is not None and form.aligned for form in forms) else _MEMORY
+    for opcode in (*_PUSHES, *_POPS, *_STRINGS, *range(0xA0, 0xA4), 0x60, 0x61, 0xC9, 0xD7):
+        one[opcode] = _IMPLICIT
+    for opcode in (0xA0, 0xA8, _MASKMOV):
+        two[opcode] = _IMPLICIT
+    # LOCK; a segment other than what the flags speak of, or none to write to; loads of segments.
+    for opcode in (0xF0, 0x2E, 0x64, 0x65, *_LOADS):
+        one[opcode] = _ANYWAY
+    for opcode in (*_LOADS_OF_TWO, 0x38, 0x3A):
+        two[opcode] = _ANYWAY
+    one[0x0F] = _ESCAPE
+    one[0x40:0x50] = bytes([_REX] * 16)
+    for opcode in (0x26, 0x36, 0x3E, 0x66, 0x67, 0xF2, 0xF3):
+        one[opcode] = _PREFIX
+    return bytes(one + two)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -293,13 +329,13 @@ class _Reader:
             accesses = (self._pushed(self._slot),)
         elif opcode in (0xA1, 0xA9):
             accesses = (self._popped(self._slot),)
-        elif opcode == 0xF7 and self._code[self._at] >= 0xC0 and not self._repeated:            # MASKMOVQ
+        elif opcode == _MASKMOV and self._code[self._at] >= 0xC0 and not self._repeated:            # MASKMOVQ
             accesses = (self._string(_DI, DS, 16 if self._prefixed else 8, write=True, counted=False),)
         if 0x20 <= opcode < 0x24:
             self._at += 1                                                    # registers, whatever ModRM says
         elif opcode not in _WITHOUT_MODRM:
             self._pass_modrm()
-        return self._told(accesses, immediate, loads=opcode in (0x07, 0x35, 0xA1, 0xA9))
+        return self._told(accesses, immediate, loads=opcode in _LOADS_OF_TWO)
 
     def _with_modrm(self, row: _Row, opcode: int, immediate: int) -> Decoded:
         modrm = self._code[self._at]
@@ -346,7 +382,7 @@ class _Reader:
         if opcode in _PUSHES:
             return (self._pushed(self._slot),), False
         if opcode in _POPS:
-            return (self._popped(self._slot),), opcode in (0x07, 0x17, 0x1F)
+            return (self._popped(self._slot),), opcode in _LOADS
         size = 1 if not opcode & 1 else self._size
         if 0xA0 <= opcode < 0xA4:
             displacement = int.from_bytes(self._code[self._at:self._at + self._width], "little")
@@ -362,7 +398,7 @@ class _Reader:
                0x9A: self._pushed(far), 0xCA: self._popped(far), 0xCB: self._popped(far),
                0xCF: self._popped(self._size * 3), 0xC9: Access(SS, self._slot, False, base=_BP, width=0),
                0xD7: Access(self._data_segment(), 1, False, base=_BX, plus_al=True, width=self._width)}.get(opcode)
-        return (() if one is None else (one,)), opcode in (0x9A, 0xCA, 0xCB, 0xCF, 0xEA)
+        return (() if one is None else (one,)), opcode in _LOADS
 
     def _bytes_of(self, size: int) -> int:
         if size > 0:
