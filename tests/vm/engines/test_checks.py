@@ -196,6 +196,12 @@ def test_32_bit_code_ends_with_its_segment(make):
     assert struct.unpack_from("<2I", machine.memory, gpr[RSP]) == (0, CODE + 3)
 
 
+def test_pop_has_one_code(make):
+    machine = built(make, "software", Case("", "", "8fc8 cd50", 0, 6, None))
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    assert machine.cpu.get_gpr()[RIP] - 1 - HANDLERS == 6
+
+
 SMALL, FLAT = 0x0040_9206_0000_0FFF, 0x00CF_9200_0000_FFFF
 
 

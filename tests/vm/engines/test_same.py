@@ -23,9 +23,10 @@ SEGMENTS = {"es": 0x1000, "ss": 0x2000, "ds": 0x3000, "fs": 0x4000, "gs": 0x5000
 LIMITS = (0, 1, 2, 3, 4, 5, 7, 8, 0xF, 0x10, 0x8000, 0x7FFF, 0xFFFA, 0xFFFB, 0xFFFC, 0xFFFD, 0xFFFE, 0xFFFF, 0x1_0000,
           0x1_FFFF, 0x8000_0000, 0xFFFF_FFFE, 0xFFFF_FFFF)
 PREFIXES = ("", "", "", "66", "67", "6667", "2e", "36", "64", "f3", "f2", "f0")
-# Without what leaves results or flags undefined, changes CS, or is one of several ways (TEST by /1, PUSH of a segment).
+# Without what leaves results or flags undefined, changes CS, or is done in several ways (TEST by /1, PUSH of a segment,
+# POP by /1, which is #UD but not to the kernel's emulator).
 ONE = (*(first + each for first in range(0, 0x40, 8) for each in range(6)), *range(0x40, 0x62), 0x68, 0x6A, 0x80, 0x81,
-       0x83, *range(0x84, 0x8D), 0x8D, 0x8F, *range(0x90, 0x9A), 0x9C, *range(0xA0, 0xC0), 0xC9, 0xD7, 0xFE, 0x07, 0x1F)
+       0x83, *range(0x84, 0x8E), 0x8F, *range(0x90, 0x9A), 0x9C, *range(0xA0, 0xC0), 0xC9, 0xD7, 0xFE, 0x07, 0x1F)
 TWO = (*range(0x40, 0x50), *range(0x90, 0xA0), 0xA1, 0xA3, 0xA9, 0xAB, *range(0xAF, 0xB8), 0xBA, 0xBB, 0xBE, 0xBF, 0xC0,
        0xC1)
 
@@ -36,7 +37,7 @@ def instruction(chance: random.Random) -> bytes:
         code += bytes([chance.choice(ONE)]) if chance.random() < 0.8 else b"\x0F" + bytes([chance.choice(TWO)])
         code += chance.randbytes(10)
         told = decoded(code, 16)
-        if told.length:
+        if told.length and (0x8F not in code[:told.length] or not told.invalid):
             return code[:told.length]
 
 

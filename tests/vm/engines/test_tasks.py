@@ -100,14 +100,14 @@ def to_16_bits_and_back(make, engine):
     return struct.unpack_from("<3H", machine.memory, TASK + 0x0E)
 
 
-def test_a_task_of_16_bits(make, real_engine):
-    assert to_16_bits_and_back(make, real_engine) == (0x0205, 2, 2)
+def test_a_task_of_16_bits(make):
+    # KVM makes a state of it that VT-x refuses to enter.
+    assert to_16_bits_and_back(make, "software") == (0x0205, 2, 2)
 
 
-def test_mixed_tasks(make, real_engine):
-    if real_engine == "software":
-        # Without our part in IRET the library saves the state where a TSS of 32 bits has it.
-        assert to_16_bits_and_back(make, "unchecked") == (0x0200, 2, 1)
+def test_mixed_tasks(make):
+    # Without our part in IRET the library saves the state where a TSS of 32 bits has it.
+    assert to_16_bits_and_back(make, "unchecked") == (0x0200, 2, 1)
 
 
 def test_a_task_has_its_own_page_directory(make, real_engine):

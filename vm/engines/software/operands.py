@@ -45,7 +45,7 @@ class Access(NamedTuple):
 class Decoded:
     accesses: tuple[Access, ...] = ()        # in the order of the manual
     length: int = 0                  # 0: no instruction, as far as is known here
-    invalid: bool = False            # LOCK where there must be none
+    invalid: bool = False            # #UD: LOCK where there must be none; 8F with another than /0
     loads: bool = False              # a segment register
     returns: bool = False            # IRET
 
@@ -246,8 +246,8 @@ def kinds() -> bytes:
         one[opcode] = _IMPLICIT
     for opcode in (0xA0, 0xA8, _MASKMOV):
         two[opcode] = _IMPLICIT
-    # LOCK; a segment other than what the flags speak of, or none to write to; loads of segments.
-    for opcode in (0xF0, 0x2E, 0x64, 0x65, *_LOADS):
+    # LOCK; a segment other than what the flags speak of, or none to write to; what may be invalid; loads of segments.
+    for opcode in (0xF0, 0x2E, 0x64, 0x65, 0x8F, *_LOADS):
         one[opcode] = _ANYWAY
     for opcode in (*_LOADS_OF_TWO, 0x38, 0x3A):
         two[opcode] = _ANYWAY
@@ -343,6 +343,8 @@ class _Reader:
         operand = row[register]
         if opcode in (0xF6, 0xF7) and register < 2:                          # TEST
             immediate = 1 if opcode == 0xF6 else _OPERAND
+        elif opcode == 0x8F and register:
+            return Decoded(length=self._at + 1, invalid=True)                # POP to the library
         if opcode == 0x63 and self._bits == 64:                              # MOVSXD
             operand = _read(4)
         if modrm >= 0xC0:

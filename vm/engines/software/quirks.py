@@ -59,8 +59,8 @@ MIXED_TASKS    A change of task saves the state in the form of the new task's TS
                bits it is written to the wrong places. IRET to another task is told by a check (`UNBOUNDED`) and done
                by `tasks.py`, as are interrupts; jumps and calls between such tasks are not repaired.
 UNBOUNDED      The limits and types of segments are checked when they are loaded and in far jumps, not at each access;
-               LOCK before an instruction that takes none of the common ones (MOV, for instance) is ignored; alignment
-               (SSE's, and AC) is not checked. `checks.py` has translated code check all three.
+               LOCK before an instruction that takes none of the common ones (MOV, for instance) is ignored, POP has eight
+               codes for one, and alignment (SSE's, and AC) is not checked. `checks.py` has translated code check it all.
 
 Not repaired (the guest sees a difference from a PC): data breakpoints and DR7's general detection never happen; an x87
 error without CR0.NE is not told as IRQ 13; the A20 line is always on, as it is on the kvm engine.

@@ -10,7 +10,7 @@ Checked (SDM volume 3, 5.3, 5.4.1, 5.5 and 6.15; volume 2, LOCK):
 - every operand in memory, both sides of string instructions, and what PUSH, POP, CALL, RET, IRET, ENTER, LEAVE and
   their kin do to the stack: null segments, limits up and down, writes to code and read-only data, reads of code that
   can only be executed. #GP(0), through SS #SS(0)
-- LOCK before an instruction that takes none: #UD
+- LOCK before an instruction that takes none, and 8F /1 to /7: #UD
 - 16 bytes of SSE that are not aligned: #GP(0); with CR0.AM and EFLAGS.AC in ring 3 whatever is not aligned: #AC(0)
 In 64-bit code, where there are no limits, the last two. Far jumps and what they load is the library's, interrupts
 `delivery.py`'s.
