@@ -44,6 +44,7 @@ __all__ = ["CODE_NOT_FLAT", "CODE_NOT_LOW", "NOT_FLAT", "NOT_LOW", "TIGHT", "Che
 
 NOT_FLAT, NOT_LOW, CODE_NOT_FLAT, CODE_NOT_LOW = (1 << n for n in range(28, 32))
 TIGHT: Final = NOT_FLAT | NOT_LOW | CODE_NOT_FLAT | CODE_NOT_LOW
+_LAYOUT: Final = 35408, 176, 184, 424    # what checks.asm takes for CPU_TO_ENV, HIDDEN, SEGMENTS, CONTROL_0
 _ENTRIES: Final = 12 * 8                 # behind the addresses in the header
 # push rbx; mov rbx, rdi; call disas_insn; mov edx, [rbx + tf]; test edx, edx; jne; mov rdx, [rbx];
 # test byte [rdx + 16], 8; je; mov dword [rbx + is_jmp], 1; mov [rbx + 16], rax; pop rbx; ret
@@ -85,16 +86,16 @@ def tightness(segments: Sequence[tuple[int, int, int, int]]) -> int:
 
 
 class Checks:
-    """`symbol` gives an exported function's address. One a process."""
+    """`symbol` gives an exported function's address; *layout*: of the CPU object, as in _LAYOUT. One a process."""
 
-    def __init__(self, symbol: Callable[[str], int]) -> None:
+    def __init__(self, symbol: Callable[[str], int], layout: tuple[int, int, int, int]) -> None:
         self._instances: dict[int, Callable[[int, int], Sequence[Word]]] = {}
         self._data = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._data[:512] = kinds()
         data = ctypes.addressof(ctypes.c_char.from_buffer(self._data))
         self._ask = _ASK(self._asked)
         self.classify = 0
-        self.on = self._patch(symbol, data)
+        self.on = layout == _LAYOUT and self._patch(symbol, data)
 
     def take(self, cpu: int, checks_of: Callable[[int, int], Sequence[Word]]) -> None:
         """Have *checks_of* asked, with linear address and hidden flags, for instructions of this CPU object."""

@@ -122,7 +122,7 @@ class SoftwareCpu:
             hook = native.port(_address(callback), _address(guarded), unicorn.hflags, unicorn.cpu)
             unicorn.hook(unicorn_const.UC_HOOK_INSN, hook, instruction=instruction)
         unicorn.hook(unicorn_const.UC_HOOK_INSN, _address(told), instruction=x86_const.UC_X86_INS_CPUID)   # OWN_CPUID
-        if checked:                                                        # UNBOUNDED
+        if checked and unicorn.blocks is not None:                         # UNBOUNDED; its flags want SLOW_BLOCKS' hook
             unicorn.checks.take(unicorn.cpu, self._checks)
         unicorn.intercept(MSRS_PRESENT)                                    # UNCHECKED
         self._map_holes(rom)

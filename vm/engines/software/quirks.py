@@ -59,8 +59,9 @@ MIXED_TASKS    A change of task saves the state in the form of the new task's TS
                bits it is written to the wrong places. IRET to another task is told by a check (`UNBOUNDED`) and done
                by `tasks.py`, as are interrupts; jumps and calls between such tasks are not repaired.
 UNBOUNDED      The limits and types of segments are checked when they are loaded and in far jumps, not at each access;
-               LOCK before an instruction that takes none of the common ones (MOV, for instance) is ignored, POP has eight
-               codes for one, and alignment (SSE's, and AC) is not checked. `checks.py` has translated code check it all.
+               LOCK before an instruction that takes none of the common ones (MOV, for instance) is ignored, POP has
+               eight codes for one, and alignment (SSE's, and AC) is not checked. `checks.py` has translated code check
+               it all.
 
 Not repaired (the guest sees a difference from a PC): data breakpoints and DR7's general detection never happen; an x87
 error without CR0.NE is not told as IRQ 13; the A20 line is always on, as it is on the kvm engine.
@@ -162,8 +163,8 @@ def _blocks(handle_to_cpu: int) -> Blocks:
 
 
 @functools.cache
-def _checks() -> Checks:
-    return Checks(_symbol)
+def _checks(layout: tuple[int, int, int, int]) -> Checks:
+    return Checks(_symbol, layout)
 
 
 @functools.cache
@@ -349,7 +350,7 @@ class Unicorn:
         _stores(layout.handle_to_cpu).memory_of(base, len(memory))    # SLOW_STORES
         blocks = _blocks(layout.handle_to_cpu)
         self.blocks = blocks if blocks.take(self.handle.value, self.env) else None     # SLOW_BLOCKS
-        self.checks = _checks()                                       # UNBOUNDED
+        self.checks = _checks((CPU_TO_ENV, layout.hflags, layout.segments, layout.control))      # UNBOUNDED
         self._keep: list[Any] = []
         self._flags = ctypes.c_uint64()
         self._flags_reference = ctypes.byref(self._flags)
