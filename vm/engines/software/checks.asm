@@ -51,7 +51,7 @@ TO_16           equ 1 << 14
 TO_SIZE         equ 1 << 15
 WRITE           equ 1 << 24
 PROTECTED       equ 1 << 25
-LOW             equ 1 << 26             ; WORD_ADDRESS, in a segment that has its first 64 KiB
+LOW             equ 1 << 26             ; WORD_ADDRESS of one register at most, in a segment that has its first 64 KiB
 NO_BASE         equ 1 << 27
 RETURNS         equ 1 << 28             ; IRET of protected mode
 MARK            equ 1 << 29
@@ -243,7 +243,22 @@ translate:
 ; rdi: the CPU state, esi and rdx: the words of the check. Called from translated code.
 check:
     test esi, esi
-    js .ours
+    jns .intercept
+    test esi, LOW
+    jz .ours
+    mov rcx, rdx
+    shr rcx, 32
+    movsx rcx, cl
+    mov eax, [rdi + rcx * 8]            ; none: padding in front of the state, which is zero
+    add eax, edx
+    movzx eax, ax
+    mov ecx, esi
+    and ecx, 0x1FF
+    add eax, ecx
+    cmp eax, 0xFFFF
+    ja .ours
+    ret
+.intercept:
     mov rcx, [rsp]
     jmp [rel intercept]
 .ours:
@@ -252,7 +267,7 @@ check:
     mov r8, rdx
     shr r8, 32
     movsx rax, r8b
-    mov rax, [rdi + rax * 8]            ; none: padding in front of the state, which is zero
+    mov rax, [rdi + rax * 8]
     mov ecx, r8d
     shr ecx, 8
     movsx rcx, cl
@@ -265,15 +280,6 @@ check:
     add rax, rcx
     test esi, BIT_TEST | PLUS_AL | COUNTED
     jnz .odd
-    test esi, LOW
-    jz .mask
-    movzx r8d, ax
-    mov ecx, esi
-    and ecx, 0x1FF
-    add ecx, r8d
-    cmp ecx, 0xFFFF
-    ja .mask
-    ret
 .mask:
     test esi, WORD_ADDRESS | LONG_ADDRESS
     jnz .other

@@ -99,7 +99,8 @@ def _word(access: Access, flags: int, following: int) -> Word:
         word |= _TO_SIZE
     not_low = CODE_NOT_LOW if access.segment == CS else NOT_LOW
     if (width == 2 and access.segment not in (FS, GS) and not flags & not_low and not word & _TO_SIZE
-            and not (access.aligned or (access.write and access.segment == CS))):
+            and access.scaled < 0 and access.bits is None
+            and not (access.plus_al or access.aligned or (access.write and access.segment == CS))):
         word |= _LOW
     for wanted, bit in ((access.write, _WRITE), (access.counted, _COUNTED), (access.plus_al, _PLUS_AL),
                         (access.aligned, _TO_16), (access.bits is not None, _BIT_TEST)):
