@@ -45,6 +45,11 @@ def test_the_machine_code_is_what_the_source_assembles_to(tmp_path):
     assert out.read_bytes() == checks.program()
 
 
+def test_nothing_is_written_over_where_the_state_is_laid_out_otherwise():
+    assert not checks.Checks(lambda name: pytest.fail(name), (35408, 176, 192, 424)).on
+    assert checks.Checks(lambda name: 0, (0, 0, 0, 0)).classify == 0
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("escape", ["", "0f"])
 def test_python_is_asked_for_every_opcode_that_accesses_memory(bits, escape):

@@ -101,7 +101,7 @@ def to_16_bits_and_back(make, engine):
 
 
 def test_a_task_of_16_bits(make):
-    # KVM makes a state of it that VT-x refuses to enter.
+    # KVM has the library's defect (test_mixed_tasks): VT-x then refuses to enter what it makes of the old task.
     assert to_16_bits_and_back(make, "software") == (0x0205, 2, 2)
 
 
