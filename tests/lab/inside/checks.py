@@ -277,12 +277,11 @@ def warnings(host: Host, _line: Line) -> str:
 
 SUITE: Final = "tests/vm/engines"
 # Random code by the hundred is for real processors: here it would take minutes.
-FOR_REAL: Final = "not hostile and not random_boot and not random_code"
+FOR_REAL: Final = "not hostile and not random_boot and not random_code and not by_chance"
 # Ring 3 writes to ports there (see MIXED), or a state with an interrupt shadow is entered, which TCG drops. QEMU
-# itself aborts at a far return to ring 3 in the conformance programs, and in a change of task; it compares no access
-# with a segment's limit.
+# itself aborts at a far return to ring 3 in the conformance programs, and in a change of task.
 NOT_UNDER_TCG: Final = ("not after_a_move and not x87_stack and not rounding_as"
-                        " and not test_conformance and not test_tasks and not test_same")
+                        " and not test_conformance and not test_tasks")
 # Modules without a test that needs /dev/kvm, and those that run on no host of the lab: not imported (test_lab.py
 # looks whether that is still so).
 WITHOUT_HARDWARE: Final = ("test_checks", "test_delivery", "test_kick", "test_kvm_abi", "test_kvm_exits",
