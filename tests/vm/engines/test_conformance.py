@@ -410,10 +410,6 @@ LET_PASS = (
          "mov ax, 0x40; mov ds, ax; mov [0], eax; int 0x50",
          "66b840008ed8a300000000cd50",
          0, 0x50, (0, 0x10006, 8, 0x10002), gdt={8: 0x40900060000fff}),
-    case("lock before mov",
-         "lock mov [0x9000], eax; int 0x50",
-         "f0a300900000cd50",
-         0, 0x50, (0x10000, 8, 0x10002), processor=6),
     case("unaligned movaps",
          "mov eax, 0x600; mov cr4, eax; movaps xmm0, [0x9001]; int 0x50",
          "b8000600000f22e00f280501900000cd50",
@@ -423,6 +419,10 @@ LET_PASS = (
 # What a processor checks at each access, and what is not to be taken for it (`processor` 50h).
 ACCESSES = (
     *LET_PASS,
+    case("lock before mov",
+         "lock mov [0x9000], eax; int 0x50",
+         "f0a300900000cd50",
+         0, 0x50, (0x10000, 8, 0x10002), processor=6),
     case("write beyond a limit",
          "mov ax, 0x40; mov ds, ax; mov [0xFFD], eax; int 0x50",
          "66b840008ed8a3fd0f0000cd50",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import pathlib
 import struct
 
@@ -213,6 +214,23 @@ def test_an_intercepted_guest_may_touch_every_msr_that_is_there(machine):
     for number in (*sorted(MSRS_PRESENT), 0x11, 0x1FFF, 0x2000, 0xC000_0085, 0xC001_0000, 0xFFFF_FFFF):
         machine.run("66B9" + struct.pack("<I", number).hex() + "0F32 F4")            # mov ecx, n; rdmsr; hlt
         assert (machine.cpu.get_gpr()[RIP] == 0x7C09) == (number in MSRS_PRESENT), hex(number)
+
+
+@pytest.mark.parametrize("code", ["F00FBBE8", "F00FABC0", "F00FB3D9", "66F00FBBE8", "F00FBAF807"])
+def test_deadly_lock(make, code):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with contextlib.suppress(binding.UcError):
+            bare(code=code).emu_start(0x1000, 0x1000 + len(code) // 2)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    for engine in ("software", "unchecked"):
+        machine = make(engine)
+        machine.poke(6 * 4, struct.pack("<HH", 0x600, 0))
+        machine.poke(0x600, b"\xF4")
+        machine.run(code + "F4")
+        assert machine.cpu.get_gpr()[RIP] == 0x601
 
 
 def test_ports_free():

@@ -19,6 +19,8 @@ DIRTY           equ -10                 ; a segment was loaded
 BLOCK           equ 0
 PC_FIRST        equ 8
 PC_NEXT         equ 16
+IS_JUMP         equ 24
+NO_RETURN       equ 2
 UC              equ 0x1F0
 BLOCK_CS_BASE   equ 8
 BLOCK_FLAGS     equ 16
@@ -41,7 +43,8 @@ DOWN            equ 1 << 10             ; of data; conforming, of code
 RW              equ 1 << 9
 SS_WORD         equ SEGMENTS / 8 + 2 * 3
 
-; the first word of a check: bits 0 to 8 size less 1, 16 to 23 the segment's cache / 8
+; the first word of a check: bits 0 to 8 size less 1, 16 to 23 the segment's cache / 8; of RAISE: bits 0 to 7 the vector, 16
+; to 23 the length of the instruction
 WORD_ADDRESS    equ 1 << 9
 LONG_ADDRESS    equ 1 << 10
 BIT_TEST        equ 1 << 11
@@ -217,6 +220,20 @@ translate:
     add r13, 16
     dec r12d
     jnz .emit
+    test dword [r13 - 16], RAISE
+    jz .done
+    ; Nothing comes behind it; the library, which may abort at such an instruction, does not see it.
+    movzx eax, byte [r13 - 14]
+    add [rbx + PC_NEXT], rax
+    mov dword [rbx + IS_JUMP], NO_RETURN
+    add rsp, 40
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    ret
 .done:
     mov rdi, rbx
     mov rsi, [rsp + 24]

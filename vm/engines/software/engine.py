@@ -37,7 +37,7 @@ from .checks import Word
 from .delivery import Cause, Delivery, Refused, TripleFault
 from .privileged import MSRS_PRESENT, Privileged
 from .quirks import PREFIXES, SEGMENT_SIZE, Native, Unicorn
-from .segments import CS64, words
+from .segments import CS64, refusals, words
 from .state import Registers
 
 __all__ = ["SoftwareCpu", "create"]
@@ -98,7 +98,8 @@ class SoftwareCpu:
         self._error: BaseException | None = None             # raised by the bus, kept for `run`
         self._unicorn = unicorn = Unicorn(memory)
         self._native = native = Native(unicorn)
-        self._registers = Registers(unicorn)
+        self._registers = Registers(unicorn, tight=checked)
+        self._checked = checked
         self.where = self._locating()
         self._delivery = Delivery(
             memory, self._registers, unicorn.flags, unicorn.set_flags, unicorn.words)
@@ -122,7 +123,7 @@ class SoftwareCpu:
             hook = native.port(_address(callback), _address(guarded), unicorn.hflags, unicorn.cpu)
             unicorn.hook(unicorn_const.UC_HOOK_INSN, hook, instruction=instruction)
         unicorn.hook(unicorn_const.UC_HOOK_INSN, _address(told), instruction=x86_const.UC_X86_INS_CPUID)   # OWN_CPUID
-        if checked and unicorn.blocks is not None:                         # UNBOUNDED; its flags want SLOW_BLOCKS' hook
+        if unicorn.blocks is not None:                         # UNBOUNDED, which wants SLOW_BLOCKS' hook; DEADLY_LOCK
             unicorn.checks.take(unicorn.cpu, self._checks)
         unicorn.intercept(MSRS_PRESENT)                                    # UNCHECKED
         self._map_holes(rom)
@@ -346,6 +347,8 @@ class SoftwareCpu:
     def _checks(self, linear: int, flags: int) -> list[Word]:
         """What is to be checked in front of an instruction that is being translated."""
         try:
+            if not self._checked:
+                return refusals(self._code_at(linear), flags)
             return words(self._code_at(linear), flags,
                          linear if flags & CS64 else linear - self._registers.base("cs") & 0xFFFF_FFFF)
         except BaseException as error:  # as above

@@ -58,6 +58,8 @@ FULL_STACK     A new instance has every x87 register in use (QEMU does not look,
 MIXED_TASKS    A change of task saves the state in the form of the new task's TSS, so that between tasks of 16 and of 32
                bits it is written to the wrong places. IRET to another task is told by a check (`UNBOUNDED`) and done
                by `tasks.py`, as are interrupts; jumps and calls between such tasks are not repaired.
+DEADLY_LOCK    LOCK before BTS, BTR or BTC of a register aborts the process. `checks.py` keeps the library from seeing
+               an instruction that takes no LOCK, and raises #UD.
 UNBOUNDED      The limits and types of segments are checked when they are loaded and in far jumps, not at each access;
                LOCK before an instruction that takes none of the common ones (MOV, for instance) is ignored, POP has
                eight codes for one, and alignment (SSE's, and AC) is not checked. `checks.py` has translated code check

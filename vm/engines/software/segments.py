@@ -25,9 +25,9 @@ from __future__ import annotations
 from typing import Final
 
 from .checks import CODE_NOT_FLAT, CODE_NOT_LOW, NOT_FLAT, NOT_LOW, Word
-from .operands import CS, FS, GS, Access, decoded
+from .operands import CS, FS, GS, Access, Decoded, decoded
 
-__all__ = ["CS64", "words"]
+__all__ = ["CS64", "refusals", "words"]
 
 # Hidden flags, for which code is translated.
 _RING, CS32, SS32, _PE, CS64, _VM, _AC = 3, 1 << 4, 1 << 5, 1 << 7, 1 << 15, 1 << 17, 1 << 18
@@ -54,7 +54,7 @@ def words(code: bytes, flags: int, pointer: int) -> list[Word]:
         word, more = _word(Access(CS, length, False, displacement=pointer), flags & ~(_PE | _AC), 0)
         checks.append((word, more | _FETCH))
     if found.invalid:
-        return [*checks, (_OURS | _RAISE | _INVALID_OPCODE, 0)]
+        return [*checks, _refusal(found)]
     protected = flags & (_PE | _VM) == _PE
     if found.returns and protected and not flags & CS64:
         checks.append((_OURS | _RETURNS, 0))         # before the stack, which may be empty
@@ -66,6 +66,16 @@ def words(code: bytes, flags: int, pointer: int) -> list[Word]:
     if found.loads:
         checks.append((_OURS | _MARK, 0))
     return checks
+
+
+def refusals(code: bytes, flags: int) -> list[Word]:
+    """Of these no more than that an instruction is invalid, which the library may abort at (DEADLY_LOCK)."""
+    found = decoded(code, 64 if flags & CS64 else 32 if flags & CS32 else 16)
+    return [_refusal(found)] if found.invalid else []
+
+
+def _refusal(found: Decoded) -> Word:
+    return _OURS | _RAISE | _INVALID_OPCODE | max(found.length, 1) << 16, 0
 
 
 def _wanted(access: Access, flags: int, protected: bool) -> bool:

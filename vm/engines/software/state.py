@@ -60,8 +60,10 @@ def segment_of(selector: int, base: int, limit: int, flags: int) -> Segment:
 class Registers:
     """Reads and writes the state of one instance that is not running."""
 
-    def __init__(self, unicorn: Unicorn) -> None:
+    def __init__(self, unicorn: Unicorn, *, tight: bool = True) -> None:
+        """*tight*: the hidden flags say how tight the segments are (checks.py)."""
         self._unicorn = unicorn
+        self._tight = tight
         self._bytes = unicorn.bytes
         self._words = unicorn.words
         layout = unicorn.layout
@@ -162,7 +164,8 @@ class Registers:
             plain = protected and not eflags & VM86 and hidden & _HF_CS32
             if not plain or self.base("ds") | self.base("es") | ss_base:
                 hidden |= _HF_ADDSEG
-        hidden |= tightness([self.raw_segment(index) for index in range(4)])
+        if self._tight:
+            hidden |= tightness([self.raw_segment(index) for index in range(4)])
         self._hidden.value = hidden
 
     # -- all of it ---------------------------------------------------------------------------
