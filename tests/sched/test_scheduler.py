@@ -65,7 +65,8 @@ async def test_weights_hold_and_nothing_is_left_behind(
         assert figures.fairness is not None
         assert figures.fairness > 0.9
         for vcpu in figures.vcpus:
-            assert vcpu.run_ns == pytest.approx(vcpu.entitled_ns, rel=0.2)
+            # On a busy machine a turn before all four were there is much of what the lightest has had.
+            assert vcpu.run_ns == pytest.approx(vcpu.entitled_ns, rel=0.2, abs=0.05 * sum(ran))
     assert all(spinner.free() for spinner in ours)
     assert not spawner.alive("dispatcher")
     assert not spawner.alive("guard")
