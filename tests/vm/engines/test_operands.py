@@ -108,8 +108,9 @@ def test_operands_are_those_that_capstone_tells(bits, escape):
     (16, "2ed7", [Access(CS, 1, False, base=3, plus_al=True, width=2)]),                          # cs xlatb
     (16, "f3a5", [Access(DS, 2, False, base=6, width=2, counted=True),                            # rep movsw
                   Access(ES, 2, True, base=7, width=2, counted=True)]),
-    (16, "cf", [Access(SS, 6, False, base=4, width=0)]),                                          # iret
-    (16, "669a7856341200ff", [Access(SS, 8, True, base=4, displacement=-8, width=0)]),            # call dword far
+    (16, "cf", [Access(SS, 2, False, base=4, displacement=at, width=0) for at in (0, 2, 4)]),     # iret
+    (16, "669a7856341200ff", [Access(SS, 4, True, base=4, displacement=-at, width=0)              # call dword far
+                              for at in (4, 8)]),
     (32, "dd33", [Access(DS, 108, True, base=3)]),                                                # fnsave [ebx]
     (64, "0f280510000000", [Access(DS, 16, False, displacement=16, width=8, relative=True,         # movaps [rip+16]
                                    aligned=True)]),

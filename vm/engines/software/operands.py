@@ -222,6 +222,9 @@ _WITHOUT_MODRM: Final = frozenset((                                          # b
 _STRINGS: Final[dict[int, tuple[bool, bool | None]]] = {opcode + wide: told for opcode, told in (
     (0x6C, (False, True)), (0x6E, (True, None)), (0xA4, (True, True)), (0xA6, (True, False)), (0xAA, (False, True)),
     (0xAC, (True, None)), (0xAE, (False, False))) for wide in (0, 1)}
+# How many are pushed or popped. PUSHA, POPA, far CALL, RET (twice), IRET.
+_FRAMES: Final = {0x60: (8, True), 0x61: (8, False), 0x9A: (2, True), 0xCA: (2, False), 0xCB: (2, False),
+                  0xCF: (3, False)}
 _BASES_OF_16: Final = ((_BX, _SI), (_BX, _DI), (_BP, _SI), (_BP, _DI), (_SI, -1), (_DI, -1), (_BP, -1), (_BX, -1))
 
 
@@ -242,7 +245,7 @@ def kinds() -> bytes:
     for opcode, forms in _VECTORS.items():
         if opcode < 0x100:
             two[opcode] = _SSE if any(form is not None and form.aligned for form in forms) else _MEMORY
-    for opcode in (*_PUSHES, *_POPS, *_STRINGS, *range(0xA0, 0xA4), 0x60, 0x61, 0xC9, 0xD7):
+    for opcode in (*_PUSHES, *_POPS, *_STRINGS, *range(0xA0, 0xA4), *_FRAMES, 0xC9, 0xD7):
         one[opcode] = _IMPLICIT
     for opcode in (0xA0, 0xA8, _MASKMOV):
         two[opcode] = _IMPLICIT
@@ -364,7 +367,7 @@ class _Reader:
             access = access._replace(bits=(register | (self._rex & 4) << 1, size))
         accesses: tuple[Access, ...] = (access,)
         if operand.pushes:
-            accesses = (access, self._pushed(self._slot * (2 if operand.loads else 1)))     # read first
+            accesses = (access, *self._several(2 if operand.loads else 1, write=True))       # read first
         elif operand.pops:                                                   # written last, by the new stack pointer
             if access.base == _SP:
                 access = access._replace(displacement=access.displacement + self._slot)
@@ -395,12 +398,14 @@ class _Reader:
             size = min(size, 4) if opcode < 0x70 else size
             told = (self._string(_SI, self._data_segment(), size, write=False),) if reads_si else ()
             return (told if di is None else (*told, self._string(_DI, ES, size, write=di))), False
-        far = self._size * 2
-        one = {0x60: self._pushed(self._size * 8), 0x61: self._popped(self._size * 8),
-               0x9A: self._pushed(far), 0xCA: self._popped(far), 0xCB: self._popped(far),
-               0xCF: self._popped(self._size * 3), 0xC9: Access(SS, self._slot, False, base=_BP, width=0),
-               0xD7: Access(self._data_segment(), 1, False, base=_BX, plus_al=True, width=self._width)}.get(opcode)
-        return (() if one is None else (one,)), opcode in _LOADS
+        if opcode in _FRAMES:
+            count, write = _FRAMES[opcode]
+            return self._several(count, write=write), opcode in _LOADS
+        if opcode == 0xC9:
+            return (Access(SS, self._slot, False, base=_BP, width=0),), False
+        if opcode == 0xD7:
+            return (Access(self._data_segment(), 1, False, base=_BX, plus_al=True, width=self._width),), False
+        return (), opcode in _LOADS
 
     def _bytes_of(self, size: int) -> int:
         if size > 0:
@@ -415,6 +420,12 @@ class _Reader:
 
     def _popped(self, size: int) -> Access:
         return Access(SS, size, False, base=_SP, width=0)
+
+    def _several(self, count: int, *, write: bool) -> tuple[Access, ...]:
+        """On the stack, one by one: of 16 bits it goes on at its other end."""
+        size = self._size
+        places = (-size * (each + 1) if write else size * each for each in range(count))
+        return tuple(Access(SS, size, write, base=_SP, displacement=place, width=0) for place in places)
 
     def _string(self, register: int, segment: int, size: int, *, write: bool, counted: bool = True) -> Access:
         return Access(segment, size, write, base=register, width=self._width, counted=counted and self._repeated != 0)
