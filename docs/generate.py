@@ -21,7 +21,7 @@ from mixvisor.vm.modes import rules_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("ARCHITECTURE.md", "docs/modes.md", "docs/configuration.md", "docs/simulator.md", "docs/warnings.md",
-         "docs/engines.md")
+         "docs/engine-kvm.md", "docs/engine-software.md")
 PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
