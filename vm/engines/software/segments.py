@@ -39,7 +39,6 @@ _FIRST_CACHE, _NONE, _FETCH = 23, 0xFF, 1 << 63
 _INVALID_OPCODE: Final = 6
 
 
-
 def words(code: bytes, flags: int, pointer: int) -> list[Word]:
     """The checks in front of the instruction at the start of *code*, in order.
 
