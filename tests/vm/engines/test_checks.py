@@ -54,7 +54,7 @@ def test_nothing_is_written_over_where_the_state_is_laid_out_otherwise():
 @pytest.mark.parametrize("escape", ["", "0f"])
 def test_python_is_asked_for_every_opcode_that_accesses_memory(bits, escape):
     found = kinds()
-    memory, implicit, aligned, anyway = range(4, 8)
+    memory, implicit, aligned, anyway, group = 4, 5, 6, 7, 10
     for opcode in range(256):
         if not escape and opcode in (0x0F, 0x26, 0x2E, 0x36, 0x3E, *range(0x64, 0x68), 0xF0, 0xF2, 0xF3):
             continue
@@ -67,13 +67,13 @@ def test_python_is_asked_for_every_opcode_that_accesses_memory(bits, escape):
                     told = decoded((code + bytes([modrm])).ljust(15, b"\1"), bits)
                     what = code.hex(), modrm, told
                     if told.loads or told.returns:
-                        assert kind == anyway, what
+                        assert kind in (anyway, group), what
                     if any(access.aligned for access in told.accesses):
                         assert kind in (aligned, anyway), what
                     if told.accesses and modrm < 0xC0:
-                        assert kind in (memory, implicit, aligned, anyway), what
+                        assert kind in (memory, implicit, aligned, anyway, group), what
                     elif told.accesses:
-                        assert kind in (implicit, anyway), what
+                        assert kind in (implicit, anyway, group), what
 
 
 def due(access: Access, registers: list[int], segment: Segment) -> int | None:
@@ -199,6 +199,20 @@ def test_32_bit_code_ends_with_its_segment(make):
     gpr = machine.cpu.get_gpr()
     assert gpr[RIP] - 1 - HANDLERS == 13
     assert struct.unpack_from("<2I", machine.memory, gpr[RSP]) == (0, CODE + 3)
+
+
+@pytest.mark.parametrize("engine", ["software", "unchecked"])
+@pytest.mark.parametrize("prefixes", ["f0", "f066", "66f0", "2ef0", "f064", "f32ef0"])
+def test_the_bytes_are_those_that_the_library_reads(make, engine, prefixes):
+    # call 300000h; then the page is mapped elsewhere without INVLPG, and its other code is gone to by the old mapping:
+    # DEADLY_LOCK, where the tables tell of NOPs.
+    code = "e8fbff2e00 c705001c100007002000 e9fcff2e00"
+    machine = built(make, engine, Case("", "", code, 0, 6, None), paged=True)
+    machine.poke(0x300000, b"\xC3")
+    machine.poke(0x300010, bytes.fromhex(prefixes + "0fbbe8"))
+    machine.poke(0x200010, b"\x90" * 15 + b"\xF4")
+    assert machine.cpu.run().reason is ExitReason.HALTED
+    assert machine.cpu.get_gpr()[RIP] - 1 - HANDLERS == 6
 
 
 def test_pop_has_one_code(make):

@@ -31,6 +31,8 @@ TCG_ENV         equ 0x98F0
 CS32            equ 1 << 4
 CS64            equ 1 << 15
 AC              equ 1 << 18
+LOCKED          equ 1                   ; in r15d: LOCK was among the prefixes; CS, FS or GS was
+OVERRIDDEN      equ 2
 NOT_FLAT        equ 1 << 28
 NOT_LOW         equ 1 << 29
 CODE_NOT_FLAT   equ 1 << 30
@@ -73,11 +75,14 @@ MEMORY          equ 4                   ; by a ModRM byte
 IMPLICIT        equ 5                   ; the stack, strings, absolute addresses
 ALIGNED         equ 6                   ; SSE, by a ModRM byte
 ANYWAY          equ 7
+LOCK_PREFIX     equ 8
+OVERRIDE        equ 9                   ; a prefix: CS, FS or GS
+GROUP           equ 10                  ; ANYWAY, by a ModRM byte
 
 header:
-ask_python      dq 0                    ; int (cpu, pc, flags): how many checks, 16 bytes each
+ask_python      dq 0                    ; int (cpu, pc, flags, bytes read): how many checks, 16 bytes each
 checks          dq 0
-kinds           dq 0                    ; 256 bytes, then those behind 0F
+kinds           dq 0                    ; 256 bytes, then those behind 0F; then 16 for the first of the instruction
 translate_next  dq 0                    ; the library's
 load_byte       dq 0                    ; cpu_ldub_code
 constant_32     dq 0
@@ -127,6 +132,10 @@ translate:
     mov rdx, [rel kinds]
     movzx ecx, byte [rdx + rax]
 .kind:
+    cmp ecx, LOCK_PREFIX
+    je .lock
+    cmp ecx, OVERRIDE
+    je .override
     cmp ecx, MEMORY
     jae .last
     cmp ecx, TWO
@@ -134,15 +143,28 @@ translate:
     cmp ecx, PREFIX
     je .prefix
     cmp ecx, REX
-    jne .done
+    jne .nothing
     test r13d, CS64
-    jz .done
+    jz .nothing
 .prefix:
     mov rax, r14
     sub rax, [rbx + PC_NEXT]
     cmp eax, 14
     jb .next
     jmp .done
+.group:
+    call .byte
+    jmp .ask
+.lock:
+    or r15d, LOCKED
+    jmp .prefix
+.override:
+    or r15d, OVERRIDDEN
+    jmp .prefix
+.nothing:
+    test r15d, LOCKED
+    jz .done
+    jmp .ask
 .two:
     call .byte
     mov rdx, [rel kinds]
@@ -160,16 +182,22 @@ translate:
     jz .done
     jmp .modrm
 .aligned:
+    cmp ecx, GROUP
+    je .group
     cmp ecx, ALIGNED
     jne .ask
 .modrm:
     call .byte
+    test r15d, LOCKED
+    jnz .ask
     cmp al, 0xC0
     jae .done
 .ask:
     mov rdi, rbp
     mov rsi, [rbx + PC_NEXT]
     mov edx, r13d
+    mov ecx, r14d
+    sub ecx, esi
     call [rel ask_python]
     test eax, eax
     jz .done
@@ -253,8 +281,12 @@ translate:
     mov rsi, r14
     call [rel load_byte]
     add rsp, 8
-    inc r14
     movzx eax, al
+    mov rcx, r14
+    sub rcx, [rbx + PC_NEXT]
+    mov rdx, [rel kinds]
+    mov [rdx + rcx + 512], al
+    inc r14
     ret
 
 ; rdi: the CPU state, esi and rdx: the words of the check. Called from translated code.

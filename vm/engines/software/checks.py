@@ -67,7 +67,8 @@ _SEARCHED: Final = 0x40000               # bytes before gen_intermediate_code
 # A segment's flags.
 _PRESENT, _CODE, _DOWN, _RW = 1 << 15, 1 << 11, 1 << 10, 1 << 9
 
-_ASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32)
+_ASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32)
+_READ, _ASKED = 512, 1024                # in the data: the bytes that were read, the checks
 Word = tuple[int, int]                   # of a check: what `check` is called with
 
 
@@ -89,7 +90,7 @@ class Checks:
     """`symbol` gives an exported function's address; *layout*: of the CPU object, as in _LAYOUT. One a process."""
 
     def __init__(self, symbol: Callable[[str], int], layout: tuple[int, int, int, int]) -> None:
-        self._instances: dict[int, Callable[[int, int], Sequence[Word]]] = {}
+        self._instances: dict[int, Callable[[int, int, bytes], Sequence[Word]]] = {}
         self._data = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._data[:512] = kinds()
         data = ctypes.addressof(ctypes.c_char.from_buffer(self._data))
@@ -97,20 +98,23 @@ class Checks:
         self.classify = 0
         self.on = layout == _LAYOUT and self._patch(symbol, data)
 
-    def take(self, cpu: int, checks_of: Callable[[int, int], Sequence[Word]]) -> None:
-        """Have *checks_of* asked, with linear address and hidden flags, for instructions of this CPU object."""
+    def take(self, cpu: int, checks_of: Callable[[int, int, bytes], Sequence[Word]]) -> None:
+        """Have *checks_of* asked for instructions of this CPU object: linear address, hidden flags, the first bytes.
+
+        The bytes are what the library reads, by way of its TLB: with LOCK, all that tell whether it is invalid.
+        """
         self._instances[cpu] = checks_of
 
     def drop(self, cpu: int) -> None:
         self._instances.pop(cpu, None)
 
-    def _asked(self, cpu: int, linear: int, flags: int) -> int:
+    def _asked(self, cpu: int, linear: int, flags: int, length: int) -> int:
         checks_of = self._instances.get(cpu)
         if checks_of is None:
             return 0
-        found = checks_of(linear, flags)
+        found = checks_of(linear, flags, self._data[_READ:_READ + length])
         for number, (word, more) in enumerate(found):
-            struct.pack_into("<I4xQ", self._data, 512 + number * 16, word, more)
+            struct.pack_into("<I4xQ", self._data, _ASKED + number * 16, word, more)
         return len(found)
 
     def _patch(self, symbol: Callable[[str], int], data: int) -> bool:
@@ -130,7 +134,7 @@ class Checks:
                 or len(loads) != 1 or any(code.find(each) < 0 for each in _EMITS)):
             return False
         addresses = (
-            ctypes.cast(self._ask, ctypes.c_void_p).value or 0, data + 512, data, following,
+            ctypes.cast(self._ask, ctypes.c_void_p).value or 0, data + _ASKED, data, following,
             *(symbol(f"{name}_x86_64") for name in ("cpu_ldub_code", "tcg_const_i32", "tcg_const_i64", "tcg_gen_callN",
                                                    "tcg_temp_free_internal")),
             helper, symbol("cpu_svm_check_intercept_param_x86_64"), symbol("raise_exception_err_ra_x86_64"))

@@ -344,12 +344,13 @@ class SoftwareCpu:
             self._keep_error(error)
         return False
 
-    def _checks(self, linear: int, flags: int) -> list[Word]:
+    def _checks(self, linear: int, flags: int, first: bytes) -> list[Word]:
         """What is to be checked in front of an instruction that is being translated."""
         try:
+            code = first + self._code_at(linear)[len(first):]
             if not self._checked:
-                return refusals(self._code_at(linear), flags)
-            return words(self._code_at(linear), flags,
+                return refusals(code, flags)
+            return words(code, flags,
                          linear if flags & CS64 else linear - self._registers.base("cs") & 0xFFFF_FFFF)
         except BaseException as error:  # as above
             self._keep_error(error)

@@ -229,7 +229,7 @@ _BASES_OF_16: Final = ((_BX, _SI), (_BX, _DI), (_BP, _SI), (_BP, _DI), (_SI, -1)
 
 
 # What the first bytes tell, for checks.asm: an access by a ModRM byte, without one, one of SSE; more than that.
-_PREFIX, _REX, _ESCAPE, _MEMORY, _IMPLICIT, _SSE, _ANYWAY = range(1, 8)
+_PREFIX, _REX, _ESCAPE, _MEMORY, _IMPLICIT, _SSE, _ANYWAY, _LOCK, _OVERRIDE, _GROUP = range(1, 11)
 
 
 def kinds() -> bytes:
@@ -249,12 +249,13 @@ def kinds() -> bytes:
         one[opcode] = _IMPLICIT
     for opcode in (0xA0, 0xA8, _MASKMOV):
         two[opcode] = _IMPLICIT
-    # LOCK; a segment other than what the flags speak of, or none to write to; what may be invalid; loads of segments.
-    for opcode in (0xF0, 0x2E, 0x64, 0x65, 0x8F, *_LOADS):
+    # What may be invalid; loads of segments.
+    for opcode in (0x8F, *_LOADS):
         one[opcode] = _ANYWAY
     for opcode in (*_LOADS_OF_TWO, 0x38, 0x3A):
         two[opcode] = _ANYWAY
-    one[0x0F] = _ESCAPE
+    one[0x0F], one[0xF0], one[0xFF] = _ESCAPE, _LOCK, _GROUP
+    one[0x2E] = one[0x64] = one[0x65] = _OVERRIDE             # none to write to, or not what the flags speak of
     one[0x40:0x50] = bytes([_REX] * 16)
     for opcode in (0x26, 0x36, 0x3E, 0x66, 0x67, 0xF2, 0xF3):
         one[opcode] = _PREFIX
