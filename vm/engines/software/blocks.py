@@ -9,8 +9,9 @@ after accesses    the library leaves its call out where a byte behind the handle
 at the start      the first time that a block runs, the hook writes a comparison over the loading of its own arguments:
                       cmp qword [rbp-16], 0; je body
                   rbp is the CPU state; before it lie the library's own "leave" word (`icount_decr`, 4 bytes) and 12
-                  bytes of padding, into which the engine puts its two: stop, and interrupt wanted (`ASKED`). Neither
-                  asked for, the hook and the function behind it are passed over; else all is done as ever
+                  bytes of padding, into which the engine puts its three: stop, interrupt wanted, segment loaded
+                  (`ASKED`; the last 8 stay zero for checks.asm). None of them set, the hook and the function behind
+                  it are passed over; else all is done as ever
 at the end        the generator of such ends (`do_gen_eob_worker`) always takes the way of an indirect jump, which looks
                   the next block up and stays in translated code; LOOP and JCXZ end with two plain jumps (`gen_jmp_tb`),
                   as Jcc does, which are linked to the blocks that follow

@@ -94,6 +94,16 @@ intercept       dq 0
 raise           dq 0                    ; raise_exception_err_ra
 entries         dw translate, check, classify
 
+%macro restore 0
+    add rsp, 40
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+%endmacro
+
 ; rdi: the DisasContext, rsi: the CPU.
 translate:
     push rbx
@@ -254,24 +264,12 @@ translate:
     movzx eax, byte [r13 - 14]
     add [rbx + PC_NEXT], rax
     mov dword [rbx + IS_JUMP], NO_RETURN
-    add rsp, 40
-    pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop rbp
-    pop rbx
+    restore
     ret
 .done:
     mov rdi, rbx
     mov rsi, [rsp + 24]
-    add rsp, 40
-    pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop rbp
-    pop rbx
+    restore
     jmp [rel translate_next]
 
 ; The next byte of code, as the translator reads it: faults as it would.

@@ -58,7 +58,7 @@ class TripleFault(Exception):
 
 
 class Refused(Exception):
-    """A port that the guest's ring may not use, an access that its segment does not allow: due at the instruction."""
+    """A port that the guest's ring may not use: what is due at the instruction instead."""
 
     def __init__(self, vector: int, error: int | None) -> None:
         super().__init__(f"fault {vector}")

@@ -315,11 +315,7 @@ class Native:
             + b"\x48\xB8" + struct.pack("<Q", python)                 # mov rax, python
             + bytes.fromhex("740A")                                   # jz  call
             + b"\x48\xB8" + struct.pack("<Q", guarded)                # mov rax, guarded
-            + self._call_and_leave(cpu))
-
-    def _call_and_leave(self, cpu: int) -> bytes:
-        return (
-            bytes.fromhex("FFD0")                                     # call: call rax
+            + bytes.fromhex("FFD0")                                   # call: call rax
             + b"\x48\xB9" + struct.pack("<Q", self.address)           # mov rcx, page
             + bytes.fromhex("80790200"                                # cmp byte [rcx+2], 0
                             "7505"                                    # jne leave
