@@ -28,21 +28,21 @@ from mixvisor.vm.engines.base import (
     Segment,
 )
 from mixvisor.vm.engines.entry import flat_state
-from mixvisor.vm.engines.software import checks
+from mixvisor.vm.engines.software import blocks, checks
 from mixvisor.vm.engines.software.operands import DS, ES, SS, Access, decoded, kinds
 from mixvisor.vm.engines.software.state import descriptor_flags
 
 from .test_conformance import CODE, HANDLERS, IDT, Case, built
 
-SOURCE = Path(checks.__file__).with_name("checks.asm")
 BIG, PRESENT, CODE_TYPE, DOWN, RW = 1 << 22, 1 << 15, 1 << 11, 1 << 10, 1 << 9
 
 
 @pytest.mark.skipif(shutil.which("nasm") is None, reason="nasm is not installed")
-def test_the_machine_code_is_what_the_source_assembles_to(tmp_path):
-    out = tmp_path / "checks.bin"
-    subprocess.run(["nasm", "-f", "bin", "-o", out, SOURCE], check=True)
-    assert out.read_bytes() == checks.program()
+@pytest.mark.parametrize("module", [checks, blocks])
+def test_the_machine_code_is_what_the_source_assembles_to(tmp_path, module):
+    out = tmp_path / "assembled"
+    subprocess.run(["nasm", "-f", "bin", "-o", out, Path(module.__file__).with_suffix(".asm")], check=True)
+    assert out.read_bytes() == module.program()
 
 
 def test_nothing_is_written_over_where_the_state_is_laid_out_otherwise():

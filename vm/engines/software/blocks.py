@@ -6,12 +6,14 @@ another call.  And a block that ends with anything but a plain jump (LOOP, JECXZ
 grew too long) goes back to the main loop instead of to the block that follows.  Three changes make it as it is in QEMU:
 
 after accesses    the library leaves its call out where a byte behind the handle says so (made for ARM's IT blocks)
-at the start      the first time that a block runs, the hook writes a comparison over the loading of its own arguments:
-                      cmp qword [rbp-16], 0; je body
+at the start      the first time that a block runs, the hook writes over both calls and the loading of their arguments
+                  (blocks.asm):
+                      cmp qword [rbp-16], 0; jne asked; no-operations; mov rax, imm64
                   rbp is the CPU state; before it lie the library's own "leave" word (`icount_decr`, 4 bytes) and 12
                   bytes of padding, into which the engine puts its three: stop, interrupt wanted, segment loaded
-                  (`ASKED`; the last 8 stay zero for checks.asm). None of them set, the hook and the function behind
-                  it are passed over; else all is done as ever
+                  (`ASKED`; the last 8 stay zero for checks.asm). None of them set, the block goes on, without a jump
+                  taken: one a block would cost a third of a loop of short ones. Else it calls the hook, by a call that
+                  lies in the imm64 (rax holds nothing there yet), and the hook the library's function
 at the end        the generator of such ends (`do_gen_eob_worker`) always takes the way of an indirect jump, which looks
                   the next block up and stays in translated code; LOOP and JCXZ end with two plain jumps (`gen_jmp_tb`),
                   as Jcc does, which are linked to the blocks that follow
@@ -27,6 +29,8 @@ Poor: x86-64, the wheels of one version.  A block at linear address 0 is slow: i
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.resources
 import re
 import struct
 from collections.abc import Callable
@@ -34,7 +38,7 @@ from typing import Final
 
 from .stores import write_code
 
-__all__ = ["ASKED", "Blocks"]
+__all__ = ["ASKED", "Blocks", "program"]
 
 ASKED: Final = -12                       # where the engine's bytes are, from the CPU state
 _LEAVE: Final = -16                      # icount_decr
@@ -75,39 +79,9 @@ class Blocks:
         ctypes.c_ubyte.from_address(handle + self._quiet).value = 1
         return True
 
-    def prologue(self) -> bytes:
-        """What the block hook begins with: make the block that called it test for itself from its next run on.
-
-        The return address tells which (rcx). Before it are the call, near or far, and 22 bytes that load the arguments;
-        behind it the call of the library's own check, near or far, and then the body of the block.
-        """
-        steps = (
-            "48 8B0C24",                                              # mov rcx, [rsp]
-            "48 8D71FB", "80 3EE8", "74 0F",                          # lea rsi, [rcx-5]; cmp byte [rsi], (call); je +15
-            "48 8D71FA", "66 813E FF15", None,                        # lea rsi, [rcx-6]; cmp word [rsi], (call [rip])
-            "66 817EEA 48BF", None,                                   # cmp word [rsi-22], (mov rdi, imm64); jne on
-            "80 7EF4 BE", None,                                       # cmp byte [rsi-12], (mov esi, imm32); jne on
-            "80 7EF9 BA", None,                                       # cmp byte [rsi-7], (mov edx, imm32); jne on
-            "66 817EFE 33C9", None,                                   # cmp word [rsi-2], (xor ecx, ecx); jne on
-            "66 8139 48BF", None,                                     # cmp word [rcx], (mov rdi, imm64); jne on
-            "66 81790A 33F6", None,                                   # cmp word [rcx+10], (xor esi, esi); jne on
-            "80 790CE8", "74 1A",                                     # cmp byte [rcx+12], (call); je near
-            "66 81790C FF15", None,                                   # cmp word [rcx+12], (call [rip+..]); jne on
-            "48 63410E", "48 8D5112", "48 8B0410", "EB 0B",           # rdx = rcx+18, the body; rax = called; jmp both
-            "48 63410D", "48 8D5111", "48 01D0",                      # near: rax = called; rdx = rcx+17, the body
-            "49 B8" + struct.pack("<Q", self._check).hex(),           # both: mov r8, check
-            "4C 39C0", None,                                          # cmp rax, r8; jne on
-            "29F2", "83 C20F",                                        # edx = body - (rsi-15), which je counts from
-            # cmp qword [rbp-16], 0; je body; nops up to the first call
-            "48 B8 48837DF000 7400 0F", "48 8946EA",                  # mov rax, imm64; mov [rsi-22], rax
-            "88 56F0",                                                # mov [rsi-16], dl
-            "48 B8 1F440000 0F1F4400", "48 8946F2",                   # mov rax, imm64; mov [rsi-14], rax
-            "C7 46FA 000F1F44", "66 C746FE 0000",                     # mov dword [rsi-6], ..; mov word [rsi-2], ..
-        )                                                             # on:
-        parts = [None if step is None else bytes.fromhex(step) for step in steps]
-        lengths = [6 if part is None else len(part) for part in parts]
-        return b"".join(b"\x0F\x85" + struct.pack("<i", sum(lengths[at + 1:])) if part is None else part
-                        for at, part in enumerate(parts))
+    def prologue(self, handle: int) -> bytes:
+        """What the block hook begins with: make the block that called it test for itself from its next run on."""
+        return program()[:-16] + struct.pack("<2Q", self._check, handle)
 
     @staticmethod
     def _offset_of_quiet(place: int) -> int | None:
@@ -139,3 +113,9 @@ class Blocks:
         new += b"\xEB" + bytes([loop.end() - 1 - loop.start() - len(new) - 2])
         return (write_code(before + loop.start(), new)
                 and write_code(before + ends[0] + _END_JUMP, _NO_OPERATION))
+
+
+@functools.cache
+def program() -> bytes:
+    """The machine code, read once a process: behind its sandbox a worker reads no files."""
+    return importlib.resources.files(__package__ or "").joinpath("blocks.bin").read_bytes()

@@ -269,7 +269,7 @@ class Native:
                             "7501"                                    # jne some
                             "C3"))
         return self._make(
-            (unicorn.blocks.prologue() if unicorn.blocks is not None else b"")
+            (unicorn.blocks.prologue(unicorn.handle.value) if unicorn.blocks is not None else b"")
             + asked
             + bytes.fromhex("83380074")                               # cmp dword [rax], 0; je ret
             + bytes([4 + 2 + len(loaded) - 1])
