@@ -284,7 +284,7 @@ def test_code_that_is_written_after_it_ran_and_its_page_was_data_before(machine)
     assert machine.cpu.get_gpr()[RBX] & 0xFFFF == sum(range(1, 101))
 
 
-BODY = bytes.fromhex("48837DF000 75")                   # cmp qword [rbp-16], 0; jne: a block that tests for itself
+BODY = bytes.fromhex("48837DF000 0F85")                 # cmp qword [rbp-16], 0; jne: a block that tests for itself
 
 
 def blocks_that_test() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -32,6 +34,8 @@ from mixvisor.vm.engines.base import (
     WholeState,
 )
 from mixvisor.vm.engines.entry import flat_state
+from mixvisor.vm.engines.kvm import abi
+from mixvisor.vm.engines.kvm import engine as kvm_engine
 from mixvisor.vm.engines.portable import BadState, canonical, from_plain, to_plain, why_not
 from mixvisor.vm.host import HostFacts
 
@@ -498,3 +502,18 @@ def test_a_state_that_kvm_refuses_is_an_engine_error(make):
     whole = WholeState(registers=CpuState(cr4=1 << 30))
     with pytest.raises(EngineError, match="KVM refused the CPU state"):
         make("kvm").cpu.set_whole(whole)
+
+
+@pytest.mark.parametrize(("used", "at", "refused"), [
+    (0x3, None, False),
+    (0x200, None, False),                  # PKRU as it begins: what KVM says where the host has protection keys
+    (0x203, 2688, True),
+    (0x7, 576, True),                      # AVX: the upper half of YMM0
+])
+def test_registers_beyond_sse_are_carried_only_as_a_processor_begins(used, at, refused):
+    raw = bytearray(ctypes.sizeof(abi.Xsave))
+    struct.pack_into("<Q", raw, 512, used)
+    if at is not None:
+        raw[at] = 1
+    with pytest.raises(EngineError, match="beyond SSE") if refused else contextlib.nullcontext():
+        assert kvm_engine._fpu(abi.Xsave.from_buffer(raw)).xmm == [0] * 16

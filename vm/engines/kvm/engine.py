@@ -95,6 +95,7 @@ _APIC_ENABLED: Final = 1 << 11           # IA32_APIC_BASE's global enable
 
 _TSC: Final = 0x10
 _XSTATE: Final = 512                     # offset of XSTATE_BV in the area of XSAVE
+_XSTATE_HEADER_END: Final = 576          # what comes behind x87 and SSE
 _X87_AND_SSE: Final = 3
 _FXSAVE: Final = struct.Struct("<HHBxHQQI4x")
 
@@ -573,7 +574,8 @@ def _one_of_several(supported: abi.CpuidHeader, index: int, count: int, *, deadl
 def _fpu(area: abi.Xsave) -> Fpu:
     raw = bytes(area)
     used, = _QUAD(raw, _XSTATE)
-    if used & ~_X87_AND_SSE:
+    # A host with protection keys marks PKRU as used in every guest: what is all zero is as a processor begins.
+    if used & ~_X87_AND_SSE and any(raw[_XSTATE_HEADER_END:]):
         raise EngineError(f"the guest uses registers beyond SSE (XSTATE_BV {used:#x}), which cannot be carried")
     control, status, tags, opcode, instruction, operand, mxcsr = _FXSAVE.unpack_from(raw)
     return Fpu(
