@@ -6,14 +6,14 @@ another call.  And a block that ends with anything but a plain jump (LOOP, JECXZ
 grew too long) goes back to the main loop instead of to the block that follows.  Three changes make it as it is in QEMU:
 
 after accesses    the library leaves its call out where a byte behind the handle says so (made for ARM's IT blocks)
-at the start      the first time that a block runs, the hook writes over both calls and the loading of their arguments
-                  (blocks.asm):
-                      cmp qword [rbp-16], 0; jne asked; no-operations; mov rax, imm64
+at the start      the first time that a block runs, the hook writes a test of its own before the block's body, and makes
+                  the block begin there (blocks.asm):
+                      cmp qword [rbp-16], 0; jne slow
                   rbp is the CPU state; before it lie the library's own "leave" word (`icount_decr`, 4 bytes) and 12
                   bytes of padding, into which the engine puts its three: stop, interrupt wanted, segment loaded
-                  (`ASKED`; the last 8 stay zero for checks.asm). None of them set, the block goes on, without a jump
-                  taken: one a block would cost a third of a loop of short ones. Else it calls the hook, by a call that
-                  lies in the imm64 (rax holds nothing there yet), and the hook the library's function
+                  (`ASKED`; the last 8 stay zero for checks.asm). None of them set, the hook and the function behind
+                  it are not even passed over; else the block starts where the library made it start, and all is done
+                  as ever
 at the end        the generator of such ends (`do_gen_eob_worker`) always takes the way of an indirect jump, which looks
                   the next block up and stays in translated code; LOOP and JCXZ end with two plain jumps (`gen_jmp_tb`),
                   as Jcc does, which are linked to the blocks that follow

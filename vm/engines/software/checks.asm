@@ -93,6 +93,8 @@ helper          dq 0                    ; helper_svm_check_intercept_param, and 
 intercept       dq 0
 raise           dq 0                    ; raise_exception_err_ra
 entries         dw translate, check, classify
+; A check that always passes: how a block begins, for blocks.asm to write over once it has run.
+room            dq 1 << 31 | LOW, 0xFFFF << 32
 
 %macro restore 0
     add rsp, 40
@@ -114,8 +116,17 @@ translate:
     push r15
     sub rsp, 40
     mov rbx, rdi
-    mov rbp, rsi
     mov [rsp + 24], rsi
+    mov rax, [rbx + PC_NEXT]
+    cmp rax, [rbx + PC_FIRST]
+    jne .begun
+    mov rax, [rbx + UC]
+    mov rbp, [rax + UC_TCG]
+    lea r13, [rel room]
+    call .one
+    mov rsi, [rsp + 24]
+.begun:
+    mov rbp, rsi
     lea r12, [rsi + CPU_TO_ENV]
     mov rdx, [rbx + BLOCK]
     mov r13d, [rdx + BLOCK_FLAGS]
@@ -230,6 +241,27 @@ translate:
     mov rbp, [rax + UC_TCG]
     mov r13, [rel checks]
 .emit:
+    call .one
+    add r13, 16
+    dec r12d
+    jnz .emit
+    test dword [r13 - 16], RAISE
+    jz .done
+    ; Nothing comes behind it; the library, which may abort at such an instruction, does not see it.
+    movzx eax, byte [r13 - 14]
+    add [rbx + PC_NEXT], rax
+    mov dword [rbx + IS_JUMP], NO_RETURN
+    restore
+    ret
+.done:
+    mov rdi, rbx
+    mov rsi, [rsp + 24]
+    restore
+    jmp [rel translate_next]
+
+; A call of `check` with the words at r13. rbp: the TCGContext.
+.one:
+    sub rsp, 40
     mov rdi, rbp
     mov esi, [r13]
     call [rel constant_32]
@@ -255,22 +287,8 @@ translate:
     mov rdi, rbp
     mov rsi, r14
     call [rel free_temporary]
-    add r13, 16
-    dec r12d
-    jnz .emit
-    test dword [r13 - 16], RAISE
-    jz .done
-    ; Nothing comes behind it; the library, which may abort at such an instruction, does not see it.
-    movzx eax, byte [r13 - 14]
-    add [rbx + PC_NEXT], rax
-    mov dword [rbx + IS_JUMP], NO_RETURN
-    restore
+    add rsp, 40
     ret
-.done:
-    mov rdi, rbx
-    mov rsi, [rsp + 24]
-    restore
-    jmp [rel translate_next]
 
 ; The next byte of code, as the translator reads it: faults as it would.
 .byte:
