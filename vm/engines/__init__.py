@@ -59,10 +59,11 @@ def prepare() -> None:
         what_kvm_is()
     with contextlib.suppress(EngineError, ImportError):
         importlib.import_module(".software.engine", __name__)
-        from .software.checks import program
         from .software.quirks import found_layout, installed_version
+        from .software.stores import assembled
         installed_version()
-        program()
+        for name in ("blocks", "checks"):
+            assembled(name)
         found_layout()
     cpuid.vendor()
     read_tsc()

@@ -23,22 +23,21 @@ library once a process.  Where they are others, nothing is done, and blocks are 
 the thread that runs it, and what is written over has already run.  Whatever makes the library itself leave sets
 its word, so nobody's stop is passed over.
 
-Poor: x86-64, the wheels of one version.  A block at linear address 0 is slow: its arguments are loaded otherwise.
+Poor: x86-64, the wheels of one version, whose TranslationBlock blocks.asm knows.  A block at linear address 0 is slow:
+its arguments are loaded otherwise.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.resources
 import re
 import struct
 from collections.abc import Callable
 from typing import Final
 
-from .stores import write_code
+from .stores import assembled, write_code
 
-__all__ = ["ASKED", "Blocks", "program"]
+__all__ = ["ASKED", "Blocks"]
 
 ASKED: Final = -12                       # where the engine's bytes are, from the CPU state
 _LEAVE: Final = -16                      # icount_decr
@@ -81,7 +80,7 @@ class Blocks:
 
     def prologue(self, handle: int) -> bytes:
         """What the block hook begins with: make the block that called it test for itself from its next run on."""
-        return program()[:-16] + struct.pack("<2Q", self._check, handle)
+        return assembled("blocks")[:-16] + struct.pack("<2Q", self._check, handle)
 
     @staticmethod
     def _offset_of_quiet(place: int) -> int | None:
@@ -113,9 +112,3 @@ class Blocks:
         new += b"\xEB" + bytes([loop.end() - 1 - loop.start() - len(new) - 2])
         return (write_code(before + loop.start(), new)
                 and write_code(before + ends[0] + _END_JUMP, _NO_OPERATION))
-
-
-@functools.cache
-def program() -> bytes:
-    """The machine code, read once a process: behind its sandbox a worker reads no files."""
-    return importlib.resources.files(__package__ or "").joinpath("blocks.bin").read_bytes()

@@ -28,8 +28,6 @@ The machine code is checks.asm, assembled as checks.bin; its constants are those
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.resources
 import mmap
 import re
 import struct
@@ -38,9 +36,9 @@ from typing import Final
 
 from .. import kick
 from .operands import kinds
-from .stores import write_code
+from .stores import assembled, write_code
 
-__all__ = ["CODE_NOT_FLAT", "CODE_NOT_LOW", "NOT_FLAT", "NOT_LOW", "TIGHT", "Checks", "Word", "program", "tightness"]
+__all__ = ["CODE_NOT_FLAT", "CODE_NOT_LOW", "NOT_FLAT", "NOT_LOW", "TIGHT", "Checks", "Word", "tightness"]
 
 NOT_FLAT, NOT_LOW, CODE_NOT_FLAT, CODE_NOT_LOW = (1 << n for n in range(28, 32))
 TIGHT: Final = NOT_FLAT | NOT_LOW | CODE_NOT_FLAT | CODE_NOT_LOW
@@ -138,16 +136,10 @@ class Checks:
             *(symbol(f"{name}_x86_64") for name in ("cpu_ldub_code", "tcg_const_i32", "tcg_const_i64", "tcg_gen_callN",
                                                    "tcg_temp_free_internal")),
             helper, symbol("cpu_svm_check_intercept_param_x86_64"), symbol("raise_exception_err_ra_x86_64"))
-        assembled = program()
-        self._page, base = kick.executable(struct.pack("<12Q", *addresses) + assembled[_ENTRIES:])
-        translate, check, classify = (base + entry for entry in struct.unpack_from("<3H", assembled, _ENTRIES))
+        code_bytes = assembled("checks")
+        self._page, base = kick.executable(struct.pack("<12Q", *addresses) + code_bytes[_ENTRIES:])
+        translate, check, classify = (base + entry for entry in struct.unpack_from("<3H", code_bytes, _ENTRIES))
         self.classify = classify
         jump = b"\x48\xB8" + struct.pack("<Q", check) + b"\xFF\xE0"           # mov rax, check; jmp rax
         return (write_code(start + loads[0] + _LOADS_JUMP, b"\xEB") and write_code(helper, jump)
                 and write_code(place, struct.pack("<Q", translate), executable=False))
-
-
-@functools.cache
-def program() -> bytes:
-    """The machine code, read once a process: behind its sandbox a worker reads no files."""
-    return importlib.resources.files(__package__ or "").joinpath("checks.bin").read_bytes()

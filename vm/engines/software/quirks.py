@@ -239,7 +239,7 @@ class Native:
     def block(self) -> int:
         """void (uc, address, size, user): stop here when byte 0 is set, or byte 1 and the guest allows it.
 
-        The arguments are not looked at: blocks that test for themselves do not give them (SLOW_BLOCKS).
+        The arguments are not looked at.
         IF is bit 1 of the second byte of EFLAGS, "the instruction after STI or MOV SS" bit 3 of the hidden flags.
         """
         unicorn = self._unicorn

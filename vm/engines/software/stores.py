@@ -25,6 +25,8 @@ Poor: x86-64, the wheels of one version.
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.resources
 import mmap
 import struct
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from typing import Final
 
 from .. import kick
 
-__all__ = ["Stores", "write_code"]
+__all__ = ["Stores", "assembled", "write_code"]
 
 _PAGE: Final = mmap.PAGESIZE
 _READ, _WRITE, _EXECUTE = 1, 2, 4
@@ -119,3 +121,9 @@ def write_code(at: int, code: bytes, *, executable: bool = True) -> bool:
 
 def _address(page: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(page))
+
+
+@functools.cache
+def assembled(name: str) -> bytes:
+    """Machine code of ours, read once a process: behind its sandbox a worker reads no files."""
+    return importlib.resources.files(__package__ or "").joinpath(f"{name}.bin").read_bytes()
